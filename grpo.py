@@ -1,0 +1,127 @@
+"""Group Relative Policy Optimization: the maths as pure functions of tensors, and a group's log-probabilities.
+
+One update, in the order train_grpo.py does it (numbers as in the README):
+
+    1. sample G completions of each prompt from the policy
+    2. reward each completion
+    3. group_advantages    A = (r - mean) / std within the group             paper, eq. 4
+    4. completion_logps    log pi(token) of every sampled token, under the policy and under the reference
+    5. per_token_kl        how far the policy has moved from the reference   paper, eq. 3 (k3 estimator)
+    6. grpo_loss           raise the probability of what did better than its group, stay near the reference
+
+Shapes: B prompts · G completions per prompt · P prompt length · C completion length · D width · V vocabulary.
+This file needs torch alone and knows nothing of video or sound: it works with any causal language model.
+"""
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+
+def group_advantages(rewards, eps=1e-4):
+    """How much better than its group is each completion, in standard deviations? (paper, eq. 4)
+
+    rewards (B, G) float -> (B, G). The std is the unbiased one; eps keeps a group of equal rewards at exactly 0
+    instead of 0/0. G < 2 has no group to compare with: ValueError."""
+    if rewards.dim() != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"rewards must be (B, G) with G >= 2 completions per prompt, got {tuple(rewards.shape)}")
+    mean = rewards.mean(dim=1, keepdim=True)
+    return (rewards - mean) / (rewards.std(dim=1, keepdim=True) + eps)
+
+
+def completion_mask(completion_ids, eos_token_id):
+    """Which tokens count: all up to and including the first EOS. (rows, C) ids -> (rows, C) bool.
+
+    By position, never by value: the EOS itself must get a gradient (or the model never learns to stop), and
+    padding may well be the same id. eos_token_id None: every token counts."""
+    if eos_token_id is None:
+        return torch.ones_like(completion_ids, dtype=torch.bool)
+    is_eos = (completion_ids == eos_token_id).int()
+    eos_before = is_eos.cumsum(dim=1) - is_eos  # number of EOS strictly before each position
+    return eos_before == 0
+
+
+def token_logps(logits, ids):
+    """log softmax(logits)[ids] in float32. (..., V), (...) -> (...)."""
+    logits = logits.float()
+    return logits.gather(-1, ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def completion_logps(model, prompt_embeds, completion_ids, chunk=1024):
+    """log pi(token | prompt, tokens before) of a group of completions; the prompt runs through the model once.
+
+    prompt_embeds (P, D) or (1, P, D), completion_ids (G, C) int64 -> (G, C) float32. After a row's end the values
+    mean nothing: mask them.
+
+    Asks of `model` four things, which any causal language model can offer:
+        model(embeds, return_kv=True)  -> hidden states (1, P, D) and the prompt's keys and values `kv`
+        model(embeds, past=kv)         -> hidden states (G, L, D) of G rows that all follow that one prompt
+        model.embed_tokens(ids)        -> (G, L, D)
+        model.logits(hidden)           -> (..., V)
+    Gradients flow through `kv` into the prompt, summed over the G rows: the same value and the same gradient as
+    with the prompt repeated G times, for G + 1 short sequences instead of G long ones.
+
+    Logits are made for `chunk` positions at a time and made again in the backward pass: chunk x V numbers live
+    instead of G x C x V.
+    """
+    G, C = completion_ids.shape
+    prompt_embeds = prompt_embeds.reshape(1, *prompt_embeds.shape[-2:])
+    prompt_hidden, kv = model(prompt_embeds, return_kv=True)
+    # The state at position t predicts token t + 1: the prompt's last state predicts every row's first token, and
+    # the last token is never an input.
+    hidden = prompt_hidden[:, -1:].expand(G, -1, -1)
+    if C > 1:
+        hidden = torch.cat([hidden, model(model.embed_tokens(completion_ids[:, :-1]), past=kv)], dim=1)
+    hidden, ids = hidden.flatten(0, 1), completion_ids.flatten()  # (G*C, D), (G*C,)
+    pieces = [checkpoint(lambda h, i: token_logps(model.logits(h), i), h, i, use_reentrant=False)
+              for h, i in zip(hidden.split(chunk), ids.split(chunk))]
+    return torch.cat(pieces).view(G, C)
+
+
+def per_token_kl(logps, ref_logps):
+    """KL[policy || reference] per token by the k3 estimator exp(d) - d - 1 with d = ref - policy.
+
+    (rows, C), (rows, C) -> (rows, C). Unbiased under samples of the policy, never negative, 0 where both agree; the
+    simpler k1 = -d has zero expected gradient when used as a loss."""
+    d = ref_logps - logps
+    return d.exp() - d - 1
+
+
+def grpo_loss(logps, old_logps, ref_logps, advantages, mask, beta=0.04, clip_eps=0.2, num_completions=None):
+    """Loss of a batch of completions, and what to log about it.
+
+        loss = mean over completions of the mean over their tokens of -(min(ratio A, clip(ratio) A) - beta KL)
+
+    logps       (rows, C) float32 with gradient: the policy
+    old_logps   (rows, C) of the policy that sampled them, or None: this is the first update after the rollout, so
+                the ratio is 1 in value; its gradient is that of logps
+    ref_logps   (rows, C) of the frozen reference, or None when beta is 0
+    advantages  (rows,) or (B, G)
+    mask        (rows, C) bool or 0/1: the tokens that count
+    num_completions   rows of the whole update, when this batch is a part of it: the parts' losses and metrics then
+                add up to those of the update. Default: this batch is all.
+
+    Returns the scalar loss and a dict of detached scalars: kl, entropy (estimated by -logp of the samples),
+    clip_share (tokens where the clip stops the gradient), completion_length; each averaged like the loss.
+    """
+    mask = mask.to(logps.dtype)
+    advantages = advantages.reshape(-1, 1).to(logps.dtype)
+    lengths = mask.sum(dim=1).clamp(min=1)
+    rows = len(logps) if num_completions is None else num_completions
+
+    def average(per_token):  # over a completion's tokens, then over completions: long ones count no more than short
+        # where() and not a product: whatever stands after a row's end, were it inf, must not reach the sum
+        return (torch.where(mask > 0, per_token, 0.0).sum(dim=1) / lengths).sum() / rows
+
+    ratio = torch.exp(logps - (logps.detach() if old_logps is None else old_logps))
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    # min: the pessimistic side. With A > 0 it stops pushing a token up that is up already; with A < 0, down.
+    objective = torch.min(ratio * advantages, clipped * advantages)
+    if beta:
+        kl = per_token_kl(logps, ref_logps)
+        objective = objective - beta * kl
+    loss = -average(objective)
+    with torch.no_grad():
+        stopped = clipped * advantages < ratio * advantages
+        metrics = {"kl": average(kl) if beta else torch.zeros_like(loss), "entropy": average(-logps),
+                   "clip_share": average(stopped.to(logps.dtype)), "completion_length": mask.sum() / rows}
+    return loss, {name: value.detach() for name, value in metrics.items()}

@@ -1,0 +1,107 @@
+"""Sampling: with the cache and without, together and alone, and from the right distribution."""
+
+import pytest
+import torch
+
+from generate import draw, generate, sample
+from grpo import completion_logps, completion_mask
+
+
+@torch.no_grad()
+def greedy_without_cache(model, prompt, steps):
+    ids = []
+    for _ in range(steps):
+        ids.append(int(model.logits(model(prompt[None])[:, -1]).argmax()))
+        prompt = torch.cat([prompt, model.embed_tokens(torch.tensor(ids[-1:]))])
+    return ids
+
+
+def test_greedy_equals_the_original(model, prompts, expected):
+    assert torch.equal(generate(model, prompts, max_new_tokens=12, temperature=0)[:, 0], expected["greedy_ids"])
+
+
+def test_greedy_equals_decoding_without_a_cache_for_prompts_of_unequal_length(model, prompts):
+    ragged = [prompts[0], prompts[1][:50], prompts[0][:7], prompts[1][:1]]
+    together = generate(model, ragged, num_samples=2, max_new_tokens=10, temperature=0)
+    assert together.shape == (4, 2, 10)
+    for prompt, rows in zip(ragged, together):
+        alone = generate(model, [prompt], max_new_tokens=10, temperature=0)[0, 0]
+        assert rows[0].tolist() == rows[1].tolist() == alone.tolist() == greedy_without_cache(model, prompt, 10)
+
+
+def test_sampled_logps_are_those_of_the_scoring_pass(model, prompts):
+    ragged = [prompts[0], prompts[1][:33]]
+    ids, logps = sample(model, ragged, num_samples=3, max_new_tokens=9, seed=0)
+    for prompt, rows, sampled in zip(ragged, ids, logps):
+        assert torch.allclose(sampled, completion_logps(model, prompt, rows), atol=1e-4)
+
+
+def test_a_seed_repeats_and_samples_differ(model, prompts):
+    first, again, other = (generate(model, prompts, 4, 8, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    rows = first.flatten(0, 1).tolist()
+    assert len({tuple(row) for row in rows}) == 8  # every row its own
+    # The first token too: the G rows of a prompt draw from its one distribution, they do not copy one draw.
+    assert len({row[0] for row in generate(model, prompts[:1], 50, 1, seed=0)[0].tolist()}) > 10
+
+
+def test_samples_of_one_prefill_follow_the_models_distribution(model, prompts):
+    """Frequencies of 4000 first and second tokens against the probabilities the model gives them."""
+    prompts = prompts * 0.5  # any input will do
+    n = 4000
+    ids = generate(model, prompts, n, 2, temperature=1.0, seed=0)
+    probabilities = model.logits(model(prompts))[:, -1].softmax(-1)
+    for b in range(2):
+        counts = torch.bincount(ids[b, :, 0], minlength=320)
+        expected = n * probabilities[b]
+        chi2 = ((counts - expected) ** 2 / expected)[expected > 5].sum()
+        bins = int((expected > 5).sum())
+        assert bins > 20 and chi2 < bins + 5 * (2 * bins) ** 0.5  # mean of chi2 is about bins, its std sqrt(2 bins)
+        # second tokens, given the most frequent first one
+        first = int(counts.argmax())
+        rows = ids[b][ids[b, :, 0] == first, 1]
+        x = torch.cat([prompts[b], model.embed_tokens(torch.tensor([first]))])[None]
+        likely = model.logits(model(x))[0, -1].softmax(-1)
+        top = likely.argmax()
+        share, p = (rows == top).float().mean(), likely[top]
+        assert abs(share - p) < 5 * (p * (1 - p) / len(rows)) ** 0.5
+
+
+def test_temperature_and_top_p_by_hand():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(20_000, 4)
+    generator = torch.Generator().manual_seed(0)
+    for temperature, top_p, expected in [
+        (1.0, 1.0, [0.5, 0.3, 0.15, 0.05]),
+        (0.5, 1.0, [0.25, 0.09, 0.0225, 0.0025]),  # squared
+        (1.0, 0.75, [0.5, 0.3, 0, 0]),  # 0.5 does not reach 0.75, 0.8 does
+        (1.0, 0.5, [1, 0, 0, 0]),
+        (0, 1.0, [1, 0, 0, 0]),
+    ]:
+        expected = torch.tensor(expected) / sum(expected)
+        ids, logps = draw(logits, temperature, top_p, generator)
+        assert torch.allclose(torch.bincount(ids, minlength=4) / len(ids), expected, atol=0.02)
+        if temperature:
+            assert torch.allclose(logps.exp(), expected[ids], atol=1e-5)
+
+
+def test_rows_end_with_eos(model, prompts):
+    """EOS is made frequent; a row repeats it from its first one on, and C is the longest row."""
+    eos = int(generate(model, prompts, temperature=0, max_new_tokens=1)[0, 0, 0])
+    ids = generate(model, prompts * 0.3, 16, 40, eos_token_id=eos, seed=0, temperature=0.7)
+    free = generate(model, prompts * 0.3, 16, 40, eos_token_id=None, seed=0, temperature=0.7)
+    mask = completion_mask(ids.flatten(0, 1), eos)
+    ids, free = ids.flatten(0, 1), free.flatten(0, 1)
+    assert (ids[~mask] == eos).all()
+    assert torch.equal(ids[mask], free[:, :ids.shape[1]][mask])  # up to its end a row is what it would have been
+    assert ids.shape[1] == int(mask.sum(1).max())
+    assert free.shape[1] == 40
+
+
+def test_one_new_token(model, prompts):
+    assert generate(model, prompts, 3, 1).shape == (2, 3, 1)
+
+
+@pytest.mark.parametrize("wrong", [dict(num_samples=0), dict(max_new_tokens=0), dict(temperature=-1), dict(top_p=0.0), dict(top_p=1.5)])
+def test_wrong_arguments_are_named(model, prompts, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        generate(model, prompts, **wrong)

@@ -1,0 +1,273 @@
+"""RLVR: train an omni model with GRPO on labelled clips, as R1-Omni was trained (paper, sections 2 and 3.2).
+
+    python train_grpo.py                                                  the toy, from nothing, on a laptop
+    python train_grpo.py --model DIR --data manifest.json --out runs/r1   any checkpoint, any manifest
+
+Labels are all the supervision there is: the model samples G completions per clip, two rules score them (right emotion?
+right format?), and what did better than its group becomes more likely. One update, numbered as in the README:
+
+    1. sample G completions for each of B prompts     4. log-probabilities under policy and reference
+    2. reward them                                    5. per-token KL
+    3. advantages within each group                   6. loss, backward, optimizer step
+
+Without --model, what the toy needs is made first and kept for the next run: clips and the cold start, under runs/toy.
+
+Writes to --out: last/ and best/ (checkpoints in the published layout; best by --val), metrics.jsonl, curves.png,
+results.json. Every metric is explained in the README.
+"""
+
+import copy
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import matplotlib
+import torch
+from tqdm import tqdm
+
+import toy
+from data import DataError, batches
+from evaluate import (clips_of, compute_dtype, decode, encode_clips, evaluate, flag, load, parse_flags, prompts_of,
+                      read_examples, run)
+from generate import sample
+from grpo import completion_logps, completion_mask, group_advantages, grpo_loss
+from rewards import accuracy_reward, extract_answer, format_reward
+from train_sft import data_order, set_trainable
+
+matplotlib.use("Agg")  # draws to files; no display needed
+import matplotlib.pyplot as plt  # noqa: E402
+
+# The total reward is the sum of these (paper, eq. 5). A new one: a function (completion, label) -> float, and a line here.
+REWARDS = {"accuracy": accuracy_reward, "format": lambda completion, label: format_reward(completion)}
+
+# How far two passes over the same tokens may differ in log-probability, mean over the tokens of the first update,
+# before they count as two different models.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+@dataclass
+class Config:
+    # what is trained, on what
+    model: str = flag("", "checkpoint directory to start from; without it: the toy's, made if missing")
+    data: tuple = flag((), "labelled manifests")
+    val: tuple = flag((), "labelled manifests to evaluate on during training")
+    test: tuple = flag((), "labelled manifests to evaluate on before and after")
+    media_root: str = flag("", "folder that the manifests' paths are relative to, if not the manifest's own")
+    out: str = flag("runs/grpo", "where checkpoints, metrics and curves are written")
+    question: str = flag("reasoning", "reasoning, label, manifest (each entry's own), or the text of a question")
+    modality: str = flag("video_audio", "what the model is given", choices=("video_audio", "video", "audio"))
+    fit: str = flag("pad", "how frames become square", choices=("pad", "squash"))
+    limit: int = flag(0, "use only the first so many examples of each manifest list; 0: all")
+    # one update = prompts x group completions, sampled together
+    updates: int = flag(60, "rollouts, each followed by --updates-per-rollout optimizer steps")
+    prompts: int = flag(16, "B, prompts per update")
+    group: int = flag(8, "G, completions per prompt; at least 2")
+    max_new_tokens: int = flag(64, "longest completion")
+    # the optimizer
+    lr: float = flag(3e-4, "learning rate at the start; falls linearly to 0")
+    beta: float = flag(0.04, "weight of the KL to the frozen starting point; 0: no reference is kept")
+    clip_eps: float = flag(0.2, "PPO clip of the probability ratio, felt from the second step per rollout on")
+    updates_per_rollout: int = flag(1, "optimizer steps per rollout")
+    clip_norm: float = flag(1.0, "largest gradient norm")
+    # what is shown and kept
+    val_every: int = flag(20, "updates between evaluations on --val")
+    show_every: int = flag(10, "updates between printed samples")
+    save_dtype: str = flag("bfloat16", "of the saved weights", choices=("bfloat16", "float16", "float32"))
+    seed: int = flag(0, "of the data order and the sampling")
+    workers: int = flag(1, "processes that decode clips ahead")
+    device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one")
+    siglip: str = flag("", "directory of the vision tower, if the checkpoint lacks it")
+    whisper: str = flag("", "directory of the audio tower, if the checkpoint lacks it")
+    bert: str = flag("", "directory of BERT, if the checkpoint lacks it")
+
+
+def reward_completions(texts, labels):
+    """texts: B lists of G completions; labels: B -> {name: (B, G) float32}, one entry per reward function."""
+    return {name: torch.tensor([[function(text, label) for text in group] for group, label in zip(texts, labels)])
+            for name, function in REWARDS.items()}
+
+
+def assert_same_model(a, b, mask, what):
+    """At the first update the policy has not moved: rollout, scoring and reference must agree on every token."""
+    gap = ((a - b).abs() * mask).sum() / mask.sum()
+    dtype = torch.bfloat16 if a.device.type == "cuda" else torch.float32
+    if not gap <= TOLERANCE[dtype]:
+        raise RuntimeError(f"the first update's log-probabilities of {what} differ by {gap:.2e} per token on average "
+                           f"(tolerance for {dtype}: {TOLERANCE[dtype]}): they are not the same model")
+
+
+def show(example, texts, rewards, advantages, update):
+    """One prompt's best and worst completion, as text for the terminal."""
+    order = advantages.argsort()
+    lines = [f"\nupdate {update} · {example.video} · label: {extract_answer(example.answer)}"]
+    for i in dict.fromkeys((int(order[-1]), int(order[0]))):
+        parts = "  ".join(f"{name} {value[i]:.0f}" for name, value in rewards.items())
+        lines.append(f"  [{parts}  advantage {advantages[i]:+.2f}]  " + texts[i].replace("\n", "\n    "))
+    return "\n".join(lines)
+
+
+def draw_curves(metrics, path):
+    """The run as one picture."""
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5))
+    panels = [("reward by component", [f"reward_{name}" for name in REWARDS]), ("KL to the reference (nats per token)", ["kl"]),
+              ("completion length (tokens)", ["completion_length"]), ("groups with equal rewards (share)", ["zero_spread"]),
+              ("entropy (nats per token)", ["entropy"]), ("validation", ["val_war", "val_format"])]
+    for axis, (title, names) in zip(axes.flat, panels):
+        for name in names:
+            points = [(line["update"], line[name]) for line in metrics if name in line]
+            axis.plot(*zip(*points) if points else ([], []), marker="o" if title == "validation" else None, label=name)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("update")
+        axis.grid(alpha=0.3)
+        if len(names) > 1:
+            axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(argv=None):
+    config = parse_flags(Config, __doc__, argv)
+    if config.group < 2:
+        raise DataError("--group must be at least 2: an advantage compares a completion with the rest of its group")
+    if not config.model:
+        config.model, config.data, config.val, config.test = toy.prepare(config)
+    if not config.data:
+        raise DataError("needs --data MANIFEST with --model")
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    # Set-up: the policy holds float32 master weights; the reference shares the frozen towers and BERT with it.
+    model, tokenizer, bert = load(config)
+    device = model.device
+    parameters = set_trainable(model)
+    reference = None
+    if config.beta:
+        towers = (model.vision_tower, model.audio_tower, model.bert_model)
+        reference = copy.deepcopy(model, {id(tower): tower for tower in towers}).requires_grad_(False)
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0)
+    examples = read_examples(config.data, config)
+    val = read_examples(config.val, config) if config.val else []
+    tests = {Path(path).stem: read_examples([path], config) for path in config.test}
+    evaluation = dict(fit=config.fit, max_new_tokens=config.max_new_tokens, workers=config.workers)
+
+    def test_all(title):
+        return {name: evaluate(model, tokenizer, bert, test, title=f"{name}, {title}", **evaluation) for name, test in tests.items()}
+
+    before = test_all("before")
+    order = data_order(len(examples), config.updates * config.prompts / len(examples), config.seed)
+    clips_ahead = batches(clips_of(model, examples, config.fit), order, config.prompts, config.workers)
+    metrics, best_war, start = [], -1.0, time.perf_counter()
+    with open(out / "metrics.jsonl", "w", encoding="utf-8") as metrics_file:
+        metrics_file.write(json.dumps({"config": asdict(config)}) + "\n")
+        progress = tqdm(total=config.updates, desc="grpo", unit="update")
+        for update, clips in enumerate(clips_ahead, start=1):
+            clock = time.perf_counter()
+            batch = [examples[clip["index"]] for clip in clips]
+            B, G = len(batch), config.group
+
+            # Each clip goes through the frozen towers once; policy and reference share what comes out.
+            with torch.no_grad(), compute_dtype(model):
+                video, audio = encode_clips(model, clips)
+            features = [[None if medium is None else medium[b:b + 1] for medium in (video, audio)] for b in range(B)]
+
+            # 1. Sample: B x G completions in one go.
+            with torch.no_grad(), compute_dtype(model):
+                prompts = prompts_of(model, tokenizer, bert, batch, (video, audio))
+                ids, sampled_logps = sample(model, prompts, G, config.max_new_tokens, eos_token_id=tokenizer.eos_token_id,
+                                            seed=config.seed * 1_000_003 + update)
+            C = ids.shape[-1]
+            mask = completion_mask(ids.flatten(0, 1), tokenizer.eos_token_id).view(B, G, C)
+            rolled_out = time.perf_counter()
+
+            # 2. Reward.
+            decoded = [[decode(tokenizer, row) for row in group] for group in ids.cpu()]
+            texts = [[text for text, _ in group] for group in decoded]
+            rewards = reward_completions(texts, [extract_answer(example.answer) for example in batch])
+            total = sum(rewards.values())  # (B, G), eq. 5
+
+            # 3. Advantages within each group.
+            advantages = group_advantages(total).to(device)  # (B, G), eq. 4
+
+            # 4. Log-probabilities that stay fixed while the policy moves: of the reference, and, if the rollout serves
+            #    several steps, of the policy that sampled. Prompt by prompt: G completions against one prompt.
+            def score(scored, b):
+                prompt, = prompts_of(scored, tokenizer, bert, [batch[b]], features[b])
+                return completion_logps(scored, prompt, ids[b])  # (G, C)
+
+            with torch.no_grad(), compute_dtype(model):
+                ref_logps = [score(reference, b) for b in range(B)] if reference else [None] * B
+                old_logps = [score(model, b) for b in range(B)] if config.updates_per_rollout > 1 or update == 1 else [None] * B
+            if update == 1:
+                assert_same_model(torch.stack(old_logps), sampled_logps, mask, "rollout and scoring")
+                if reference:
+                    assert_same_model(torch.stack(old_logps), torch.stack(ref_logps), mask, "policy and reference")
+            if config.updates_per_rollout == 1:
+                old_logps = [None] * B  # one step per rollout: the policy that sampled is the policy that is scored
+
+            # 5., 6. KL and loss. Gradients add up prompt by prompt; B*G, the number of completions of the whole update,
+            #        normalises each part, so that the sum is the update's mean.
+            lr = config.lr * (1 - (update - 1) / config.updates)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            for _ in range(config.updates_per_rollout):
+                line = {}
+                for b in range(B):
+                    if not config.beta and not advantages[b].any():
+                        continue  # equal rewards and no KL: the gradient is exactly 0
+                    with compute_dtype(model):
+                        logps = score(model, b)
+                    loss, parts = grpo_loss(logps, old_logps[b], ref_logps[b], advantages[b], mask[b], config.beta,
+                                            config.clip_eps, num_completions=B * G)
+                    loss.backward()
+                    for name, value in {"loss": loss.detach(), **parts}.items():
+                        line[name] = line.get(name, 0.0) + value.item()
+                line["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm).item()
+                optimizer.step()
+                optimizer.zero_grad()
+
+            # Log the whole update.
+            seconds, tokens = time.perf_counter() - clock, int(mask.sum())
+            line = {"update": update, "reward": total.mean().item(),
+                    **{f"reward_{name}": value.mean().item() for name, value in rewards.items()},
+                    **line, "completion_length": tokens / (B * G),
+                    "truncated": sum(not ended for group in decoded for _, ended in group) / (B * G),
+                    "zero_spread": (total.std(dim=1) == 0).float().mean().item(), "lr": lr, "seconds": seconds,
+                    "seconds_rollout": rolled_out - clock, "tokens_per_second": tokens / seconds}
+            if device.type == "cuda":
+                line["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            if config.show_every and (update % config.show_every == 0 or update == 1):
+                b = int(total.std(dim=1).argmax())  # the group that teaches most
+                tqdm.write(show(batch[b], texts[b], {n: r[b] for n, r in rewards.items()}, advantages[b], update))
+            if val and (update % config.val_every == 0 or update == config.updates):
+                result = evaluate(model, tokenizer, bert, val, title="validation", **evaluation)
+                line.update(val_war=result["war"], val_uar=result["uar"], val_format=result["format"])
+                tqdm.write(f"\nupdate {update} · validation WAR {100 * result['war']:.1f}  format {100 * result['format']:.1f} %")
+                if result["war"] > best_war:
+                    best_war = result["war"]
+                    model.save_pretrained(out / "best", getattr(torch, config.save_dtype))
+            metrics.append(line)
+            metrics_file.write(json.dumps(line) + "\n")
+            metrics_file.flush()
+            progress.update()
+            progress.set_postfix(reward=f"{line['reward']:.2f}", acc=f"{line['reward_accuracy']:.2f}", kl=f"{line.get('kl', 0):.3f}",
+                                 len=f"{line['completion_length']:.0f}", tok_s=f"{line['tokens_per_second']:.0f}")
+        progress.close()
+
+    model.save_pretrained(out / "last", getattr(torch, config.save_dtype))
+    draw_curves(metrics, out / "curves.png")
+    if (out / "best").exists():  # report the checkpoint that validation chose
+        model, tokenizer, bert = load(config.__class__(**{**asdict(config), "model": str(out / "best")}))
+    after = test_all("after")
+    (out / "results.json").write_text(json.dumps({"config": asdict(config), "before": before, "after": after}, indent=1) + "\n")
+    print(f"\n{'':10}{'':8}{'WAR':>8}{'UAR':>8}{'format':>8}{'length':>8}")
+    for name in tests:
+        for when, results in (("before", before), ("after", after)):
+            r = results[name]
+            print(f"{name:10}{when:8}{100 * r['war']:8.2f}{100 * r['uar']:8.2f}{100 * r['format']:8.1f}{r['mean_length']:8.1f}")
+    print(f"\n{config.updates} updates in {time.perf_counter() - start:.0f} s; checkpoints, metrics.jsonl, curves.png and results.json in {out}")
+
+
+if __name__ == "__main__":
+    run(main)

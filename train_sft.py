@@ -1,0 +1,135 @@
+"""Supervised fine-tuning: learn to write a manifest's answers. The paper's cold start (section 3.1), its label-only
+rival MAFW-DFEW-SFT, and the toy's base model are all this script with other data.
+
+    python train_sft.py --model DIR --data manifest.json --out runs/cold_start --epochs 5
+
+Each answer's tokens, and the end-of-turn behind them, are predicted from the clip and the question; the loss is their
+mean negative log-likelihood. What trains: language model, projectors and gate; with --train-towers the SigLIP and
+Whisper towers too (only a model made from nothing needs that). BERT never trains.
+
+Writes to --out: the checkpoint in the published layout, and metrics.jsonl.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from data import DataError, batches
+from evaluate import clips_of, compute_dtype, encode_clips, flag, load, parse_flags, question_inputs, read_examples, run
+from grpo import token_logps
+
+
+@dataclass
+class Config:
+    model: str = flag("", "checkpoint directory to start from")
+    data: tuple = flag((), "manifests with answers to learn")
+    media_root: str = flag("", "folder that the manifests' paths are relative to, if not the manifest's own")
+    out: str = flag("runs/sft", "where the checkpoint and metrics.jsonl are written")
+    question: str = flag("manifest", "manifest (each entry's own), reasoning, label, or the text of a question")
+    modality: str = flag("manifest", "what the model is given; manifest: what each entry's text asks for",
+                         choices=("manifest", "video_audio", "video", "audio"))
+    fit: str = flag("pad", "how frames become square", choices=("pad", "squash"))
+    limit: int = flag(0, "use only the first so many examples; 0: all")
+    epochs: float = flag(5.0, "passes over the data")
+    steps: int = flag(0, "optimizer steps, instead of --epochs")
+    batch_size: int = flag(16, "examples per optimizer step")
+    micro_batch: int = flag(0, "examples per forward pass, to save memory; 0: the whole batch")
+    lr: float = flag(2e-5, "peak learning rate: 3 %% linear warm-up, then cosine to 0")
+    clip_norm: float = flag(1.0, "largest gradient norm")
+    train_towers: bool = flag(False, "train the vision and audio towers too")
+    seed: int = flag(0, "of the data order")
+    workers: int = flag(1, "processes that decode clips ahead")
+    device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one")
+    save_dtype: str = flag("bfloat16", "of the saved weights", choices=("bfloat16", "float16", "float32"))
+    siglip: str = flag("", "directory of the vision tower, if the checkpoint lacks it")
+    whisper: str = flag("", "directory of the audio tower, if the checkpoint lacks it")
+    bert: str = flag("", "directory of BERT, if the checkpoint lacks it")
+
+
+def set_trainable(model, towers=False):
+    """Freeze BERT, and the towers unless they are to train; returns the parameters that train."""
+    frozen = ("bert_model.",) if towers else ("bert_model.", "vision_tower.", "audio_tower.")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def data_order(n, epochs, seed):
+    """Indices of `epochs` (whole or not) passes over n examples, each pass in an order of its own."""
+    order = []
+    for epoch in range(math.ceil(epochs)):
+        order += torch.randperm(n, generator=torch.Generator().manual_seed(1000 * seed + epoch)).tolist()
+    return order[:round(epochs * n)]
+
+
+def sft_loss(model, rows, answer_ids, num_tokens):
+    """Sum of -log p over the answers' tokens, divided by num_tokens (those of the whole batch, over all its parts).
+
+    rows: list of (L_i, D), prompt and answer embedded; answer_ids: list of (C_i,), the ids at the end of each row."""
+    hidden = model(pad_sequence(rows, batch_first=True))  # padding stands on the right, where causal attention does not look
+    # The state before a token predicts it: for C answer tokens at the end, states L-C-1 .. L-2.
+    states = [h[len(row) - len(ids) - 1:len(row) - 1] for h, row, ids in zip(hidden, rows, answer_ids)]
+    return -token_logps(model.logits(torch.cat(states)), torch.cat(answer_ids)).sum() / num_tokens
+
+
+def cosine(step, steps, warmup=0.03):
+    """Learning rate at `step` of `steps`, as a share of its peak."""
+    warm = max(1, round(warmup * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def train(config, model, tokenizer, bert, examples):
+    """The loop; returns the list of metrics, one dict per step."""
+    parameters = set_trainable(model, config.train_towers)
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0)
+    epochs = config.epochs if not config.steps else config.steps * config.batch_size / len(examples)
+    order = data_order(len(examples), epochs, config.seed)
+    steps = math.ceil(len(order) / config.batch_size)
+    metrics = []
+    decoded = batches(clips_of(model, examples, config.fit), order, config.batch_size, config.workers)
+    for step, clips in enumerate(tqdm(decoded, total=steps, desc=f"sft {Path(config.out).name}", unit="step")):
+        batch = [examples[clip["index"]] for clip in clips]
+        targets = [tokenizer.sft_ids(e.question, e.answer, e.modality) for e in batch]  # (ids, labels) each
+        answers = [torch.tensor([label for label in labels if label >= 0], device=model.device) for _, labels in targets]
+        num_tokens = sum(map(len, answers))
+        loss = 0.0
+        size = config.micro_batch or len(batch)
+        for start in range(0, len(batch), size):
+            part = slice(start, start + size)
+            with compute_dtype(model):
+                features = encode_clips(model, clips[part])
+                rows = model.embed_prompts([ids for ids, _ in targets[part]], *features, *question_inputs(model, bert, batch[part]))
+                part_loss = sft_loss(model, rows, answers[part], num_tokens)
+            part_loss.backward()
+            loss += part_loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm).item()
+        lr = config.lr * cosine(step, steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        metrics.append({"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr})
+    return metrics
+
+
+def main(argv=None):
+    config = parse_flags(Config, __doc__, argv)
+    if not config.model or not config.data:
+        raise DataError("needs --model DIR and --data MANIFEST")
+    model, tokenizer, bert = load(config)
+    metrics = train(config, model, tokenizer, bert, read_examples(config.data, config))
+    out = Path(config.out)
+    model.save_pretrained(out, getattr(torch, config.save_dtype))
+    (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [asdict(config), *metrics]))
+    print(f"loss {metrics[0]['loss']:.3f} -> {metrics[-1]['loss']:.3f}; checkpoint in {out}")
+
+
+if __name__ == "__main__":
+    run(main)
