@@ -132,7 +132,9 @@ def main(argv=None):
     if config.group < 2:
         raise DataError("--group must be at least 2: an advantage compares a completion with the rest of its group")
     if not config.model:
-        config.model, config.data, config.val, config.test = toy.prepare(config)
+        config.model, clips = toy.prepare(config.seed)
+        config.data, config.val = config.data or (clips["train"],), config.val or (clips["validation"],)
+        config.test = config.test or (clips["test"], clips["test_ood"])
     if not config.data:
         raise DataError("needs --data MANIFEST with --model")
     out = Path(config.out)

@@ -1,0 +1,172 @@
+"""Every script, end to end for a few steps, on the small golden checkpoint and real mp4 files; and what they refuse."""
+
+import ast
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import GOLDEN, ROOT
+from safetensors.torch import load_file
+
+import evaluate
+import train_grpo
+import train_sft
+from data import QUESTION_REASONING, DataError
+from model import HumanOmni
+
+CHECKPOINT = str(GOLDEN / "tiny" / "humanomni")
+LABELS = ["happy", "sad", "angry"]
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    """Six labelled entries over the two golden clips."""
+    entries = [{"video": str(GOLDEN / "media" / f"clip{'16k' * (i % 2)}.mp4"),
+                "conversations": [{"from": "human", "value": f"<video>\n<audio>\n{QUESTION_REASONING}"},
+                                  {"from": "gpt", "value": LABELS[i % 3]}]} for i in range(6)]
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(entries))
+    return str(path)
+
+
+def read_metrics(folder):
+    config, *lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return config, lines
+
+
+def test_sft_trains_what_it_should_and_nothing_else(manifest, tmp_path):
+    train_sft.main(["--model", CHECKPOINT, "--data", manifest, "--out", str(tmp_path / "sft"), "--steps", "12", "--batch-size", "3",
+                    "--micro-batch", "2", "--lr", "3e-3", "--save-dtype", "float32", "--workers", "0"])
+    _, lines = read_metrics(tmp_path / "sft")
+    assert len(lines) == 12 and lines[-1]["loss"] < 0.7 * lines[0]["loss"]
+    before, after = (load_file(f"{folder}/model.safetensors") for folder in (CHECKPOINT, tmp_path / "sft"))
+    moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    frozen = ("model.vision_tower", "model.audio_tower", "model.bert_model")
+    # All that trains has moved, but for the word pieces: those that never occurred keep their embeddings' rows.
+    assert moved == {name for name in after if not name.startswith(frozen)}
+    HumanOmni.from_pretrained(tmp_path / "sft")
+
+
+def test_micro_batches_change_nothing(manifest, tmp_path):
+    losses = []
+    for size in ("0", "1", "4"):
+        train_sft.main(["--model", CHECKPOINT, "--data", manifest, "--out", str(tmp_path / size), "--steps", "3", "--batch-size", "6",
+                        "--micro-batch", size, "--lr", "1e-3", "--workers", "0"])
+        losses.append([line["loss"] for line in read_metrics(tmp_path / size)[1]])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[2] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_towers_train_on_request(manifest, tmp_path):
+    train_sft.main(["--model", CHECKPOINT, "--data", manifest, "--out", str(tmp_path / "sft"), "--steps", "1", "--batch-size", "2",
+                    "--lr", "1e-3", "--train-towers", "--save-dtype", "float32", "--workers", "0"])
+    before, after = (load_file(f"{folder}/model.safetensors") for folder in (CHECKPOINT, tmp_path / "sft"))
+    moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert any("vision_tower" in name for name in moved) and any("audio_tower" in name for name in moved)
+    assert not any("bert_model" in name for name in moved)
+
+
+@pytest.mark.parametrize("beta, steps_per_rollout", [("0.04", "1"), ("0.04", "2"), ("0", "1")])
+def test_grpo_runs_end_to_end(manifest, tmp_path, beta, steps_per_rollout, capsys):
+    out = tmp_path / "grpo"
+    train_grpo.main(["--model", CHECKPOINT, "--data", manifest, "--val", manifest, "--test", manifest, "--out", str(out),
+                     "--updates", "3", "--prompts", "2", "--group", "3", "--max-new-tokens", "6", "--lr", "1e-3", "--beta", beta,
+                     "--updates-per-rollout", steps_per_rollout, "--val-every", "2", "--show-every", "1", "--workers", "1"])
+    _, lines = read_metrics(out)
+    assert [line["update"] for line in lines] == [1, 2, 3] and lines[0]["lr"] == 1e-3 > lines[2]["lr"]
+    assert all(0 <= line["reward_format"] <= 1 and line["completion_length"] <= 6 for line in lines)
+    assert ["val_war" in line for line in lines] == [False, True, True]  # every second update, and the last
+    if beta != "0" and steps_per_rollout == "1":
+        assert lines[0]["kl"] < 1e-6 and abs(lines[0]["loss"]) < 1e-5  # the policy is the reference; the ratio is 1
+    for folder in ("last", "best"):
+        HumanOmni.from_pretrained(out / folder)
+    assert (out / "curves.png").stat().st_size > 10_000
+    results = json.loads((out / "results.json").read_text())
+    assert results["before"]["manifest"]["n"] == results["after"]["manifest"]["n"] == 6
+    printed = capsys.readouterr().out
+    assert "advantage" in printed and "WAR" in printed and "label: " in printed
+
+
+def test_grpo_with_the_same_seed_is_the_same_run(manifest, tmp_path):
+    runs = []
+    for name in ("a", "b"):
+        # random rewards are all 0 on this checkpoint; the KL moves nothing at the start, so the run needs another reward
+        train_grpo.main(["--model", CHECKPOINT, "--data", manifest, "--out", str(tmp_path / name), "--updates", "2", "--prompts", "2",
+                         "--group", "2", "--max-new-tokens", "5", "--seed", "7", "--workers", "1"])
+        runs.append([{k: v for k, v in line.items() if "second" not in k} for line in read_metrics(tmp_path / name)[1]])
+    assert runs[0] == runs[1]
+
+
+def test_a_model_that_differs_between_rollout_and_scoring_stops_the_run():
+    logps, mask = torch.randn(2, 3, 4) - 3, torch.ones(2, 3, 4, dtype=torch.bool)
+    train_grpo.assert_same_model(logps, logps + 1e-5, mask, "a and b")
+    with pytest.raises(RuntimeError, match="a and b differ by 1.00e-02"):
+        train_grpo.assert_same_model(logps, logps + 0.01, mask, "a and b")
+    with pytest.raises(RuntimeError, match="nan"):
+        train_grpo.assert_same_model(logps, logps * torch.nan, mask, "a and b")
+
+
+def test_evaluate_a_manifest_and_a_clip(manifest, tmp_path, capsys):
+    out = tmp_path / "results.json"
+    evaluate.main(["--model", CHECKPOINT, "--data", manifest, "--out", str(out), "--max-new-tokens", "5", "--batch-size", "4", "--workers", "0"])
+    printed = capsys.readouterr().out
+    for word in ("n 6", "WAR", "UAR", "recall", "unknown words", "unformatted", *LABELS):
+        assert word in printed
+    result = json.loads(out.read_text())
+    assert len(result["completions"]) == 6 and {"video", "label", "completion"} <= result["completions"][0].keys()
+    assert result["config"]["max_new_tokens"] == 5
+    evaluate.main(["--model", CHECKPOINT, "--clip", str(GOLDEN / "media" / "clip.mp4"), "--max-new-tokens", "5"])
+    assert capsys.readouterr().out.strip() == result["completions"][0]["completion"].strip()  # the same, alone
+
+
+def test_score_by_hand():
+    def row(label, answer, formatted=True):
+        return {"label": label, "completion": f"<think>x</think><answer>{answer}</answer>" if formatted else answer, "tokens": 10, "truncated": False}
+
+    result = evaluate.score([row("happy", "happy"), row("happy", "Happy."), row("happy", "sad"), row("happy", "joyful"),
+                             row("sad", "sad"), row("angry", "sad", formatted=False)])
+    assert result["n"] == 6 and result["war"] == 3 / 6
+    assert result["recall"] == {"angry": 0.0, "happy": 0.5, "sad": 1.0} and result["uar"] == 0.5
+    assert result["unknown"] == 1 and result["unformatted"] == 1 and result["format"] == 5 / 6
+    assert result["confusion"]["happy"] == {"happy": 2, "joyful": 1, "sad": 1}
+
+
+def test_statements_are_checked_against_what_face_and_voice_did():
+    rows = [{"label": "happy", "tokens": 1, "truncated": False, "face": "smile", "voice": "high_fast",
+             "completion": f"<think>In the video, {face}. In the audio, {voice}.</think><answer>happy</answer>"}
+            for face, voice in [("the mouth smiles", "the voice is high and fast"), ("the mouth turns down", "the voice is high and fast")]]
+    result = evaluate.score(rows)
+    assert result["face_true"] == 0.5 and result["voice_true"] == 1.0
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--group", "1"], "--group must be at least 2"),
+    (["--model", CHECKPOINT], "needs --data"),
+    (["--model", CHECKPOINT, "--data", "nowhere.json"], "nowhere.json"),
+])
+def test_grpo_refuses_what_it_cannot_do(arguments, message, tmp_path):
+    with pytest.raises(DataError, match=message):
+        train_grpo.main([*arguments, "--out", str(tmp_path / "x")])
+
+
+@pytest.mark.parametrize("script", ["train_sft.py", "train_grpo.py", "evaluate.py"])
+def test_a_users_error_is_one_line_and_exit_code_2(script, tmp_path):
+    arguments = ["--model", str(tmp_path), "--data", "nowhere.json"]
+    done = subprocess.run([sys.executable, str(ROOT / script), *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "config.json: not found" in done.stderr and "Traceback" not in done.stderr
+    shown = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0 and "--model" in shown.stdout and "default" in shown.stdout
+
+
+def test_library_files_import_only_what_they_may():
+    """Each of these can be copied into another project alone."""
+    allowed = {"rewards.py": set(), "grpo.py": {"torch"}, "model.py": {"torch", "safetensors"}}
+    for file, packages in allowed.items():
+        imported = set()
+        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.split(".")[0])
+        assert imported <= packages | sys.stdlib_module_names, (file, imported)
