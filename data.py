@@ -129,9 +129,10 @@ def _decode_streams(container, path, video, audio, wanted):
     if not streams:                             # an empty list would mean all of them to demux()
         return None, None
     counts = _count_packets(path)
-    for stream in streams:                      # only mp4 is exact about what it should hold
+    for stream in streams:                      # only mp4 is exact about what it should hold (but packs PCM otherwise)
         held = counts[stream.index, False] + counts[stream.index, True]
-        _require("mp4" not in container.format.name or held * 10 >= stream.frames * 9,
+        exact = "mp4" in container.format.name and (stream is video or stream.codec_context.name == "aac")
+        _require(not exact or held * 10 >= stream.frames * 9,
                  f"{path}: holds {held} of {stream.frames} {stream.type} packets; is it cut off?", ClipError)
     if video:
         video.codec_context.thread_count = 1    # clips are decoded in many processes at once, not in many threads

@@ -64,6 +64,25 @@ def run(main):
         sys.exit(2)
 
 
+@dataclass
+class Common:
+    """Flags of all three scripts: the model, and what it is given."""
+    model: str = flag("", "checkpoint directory")
+    data: tuple = flag((), "manifests")
+    media_root: str = flag("", "folder that the manifests' paths are relative to, if not the manifest's own")
+    question: str = flag("reasoning", "reasoning, label, manifest (each entry's own), or the text of a question")
+    modality: str = flag("manifest", "what the model is given; manifest: what each entry's text asks for",
+                         choices=("manifest", "video_audio", "video", "audio"))
+    fit: str = flag("pad", "how frames become square", choices=("pad", "squash"))
+    limit: int = flag(0, "use only the first so many examples of --data; 0: all")
+    siglip: str = flag("", "directory of the vision tower, if the checkpoint lacks it")
+    whisper: str = flag("", "directory of the audio tower, if the checkpoint lacks it")
+    bert: str = flag("", "directory of BERT, if the checkpoint lacks it")
+    workers: int = flag(1, "processes that decode clips ahead")
+    seed: int = flag(0, "of everything random")
+    device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one")
+
+
 def load(config, dtype=torch.float32):
     """config.model and the encoders' directories -> (model, tokenizer, BERT's tokenizer) on config.device."""
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -78,18 +97,16 @@ def compute_dtype(model):
 
 
 def read_examples(manifests, config):
-    """Manifests -> examples, with --question and --modality applied."""
+    """Manifests -> examples, with --question, --modality and --limit applied."""
     examples = [e for path in manifests for e in read_manifest(path, config.media_root or None)]
-    if config.limit:
-        examples = examples[:config.limit]
-    question = {"reasoning": QUESTION_REASONING, "label": QUESTION_LABEL}.get(config.question, config.question)
-    if question != "manifest":
-        examples = [replace(e, question=question) for e in examples]
-    if config.modality != "manifest":
-        examples = [replace(e, modality=config.modality) for e in examples]
-    if not examples:
-        raise DataError(f"{', '.join(map(str, manifests))}: no examples")
-    return examples
+    return [as_asked(e, config) for e in examples[:config.limit or None]]
+
+
+def as_asked(example, config):
+    """The example with the question and the modality that the flags ask for."""
+    question = {"reasoning": QUESTION_REASONING, "label": QUESTION_LABEL, "manifest": example.question}.get(config.question, config.question)
+    modality = example.modality if config.modality == "manifest" else config.modality
+    return replace(example, question=question, modality=modality)
 
 
 def clips_of(model, examples, fit):
@@ -201,27 +218,14 @@ def report(result):
 
 
 @dataclass
-class Config:
-    model: str = flag("", "checkpoint directory")
-    data: tuple = flag((), "labelled manifests")
+class Config(Common):
     clip: str = flag("", "one media file to answer about, instead of --data")
-    media_root: str = flag("", "folder that the manifests' paths are relative to, if not the manifest's own")
     out: str = flag("runs/evaluate.json", "where the metrics and every raw completion are written")
-    question: str = flag("reasoning", "reasoning, label, manifest (each entry's own), or the text of a question")
-    modality: str = flag("video_audio", "what the model is given", choices=("video_audio", "video", "audio"))
-    fit: str = flag("pad", "how frames become square", choices=("pad", "squash"))
-    limit: int = flag(0, "use only the first so many examples; 0: all")
     temperature: float = flag(0.0, "0 is greedy")
     top_p: float = flag(1.0, "nucleus sampling, with a temperature")
     samples: int = flag(1, "completions per clip, with a temperature")
     max_new_tokens: int = flag(512, "longest completion")
     batch_size: int = flag(16, "clips at a time")
-    workers: int = flag(1, "processes that decode clips ahead")
-    seed: int = flag(0, "of the sampling")
-    device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one")
-    siglip: str = flag("", "directory of the vision tower, if the checkpoint lacks it")
-    whisper: str = flag("", "directory of the audio tower, if the checkpoint lacks it")
-    bert: str = flag("", "directory of BERT, if the checkpoint lacks it")
 
 
 def main(argv=None):
@@ -232,9 +236,7 @@ def main(argv=None):
     if config.clip:
         if not Path(config.clip).is_file():
             raise DataError(f"{config.clip}: no such file")
-        config.question = "reasoning" if config.question == "manifest" else config.question
-        question = {"reasoning": QUESTION_REASONING, "label": QUESTION_LABEL}.get(config.question, config.question)
-        examples = [Example(Path(config.clip), question, "", config.modality, {})]
+        examples = [as_asked(Example(Path(config.clip), QUESTION_REASONING, "", "video_audio"), config)]
     else:
         examples = read_examples(config.data, config)
     result = evaluate(model, tokenizer, bert, examples, fit=config.fit, batch_size=config.batch_size, workers=config.workers,

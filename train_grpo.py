@@ -19,7 +19,7 @@ results.json. Every metric is explained in the README.
 import copy
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import matplotlib
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import toy
 from data import DataError, batches
-from evaluate import (clips_of, compute_dtype, decode, encode_clips, evaluate, flag, load, parse_flags, prompts_of,
+from evaluate import (Common, clips_of, compute_dtype, decode, encode_clips, evaluate, flag, load, parse_flags, prompts_of,
                       read_examples, run)
 from generate import sample
 from grpo import completion_logps, completion_mask, group_advantages, grpo_loss
@@ -47,39 +47,25 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 @dataclass
-class Config:
-    # what is trained, on what
-    model: str = flag("", "checkpoint directory to start from; without it: the toy's, made if missing")
-    data: tuple = flag((), "labelled manifests")
+class Config(Common):
     val: tuple = flag((), "labelled manifests to evaluate on during training")
     test: tuple = flag((), "labelled manifests to evaluate on before and after")
-    media_root: str = flag("", "folder that the manifests' paths are relative to, if not the manifest's own")
     out: str = flag("runs/grpo", "where checkpoints, metrics and curves are written")
-    question: str = flag("reasoning", "reasoning, label, manifest (each entry's own), or the text of a question")
-    modality: str = flag("video_audio", "what the model is given", choices=("video_audio", "video", "audio"))
-    fit: str = flag("pad", "how frames become square", choices=("pad", "squash"))
-    limit: int = flag(0, "use only the first so many examples of each manifest list; 0: all")
-    # one update = prompts x group completions, sampled together
+    # one update = 16 prompts x 8 completions = 128 rows, sampled together
     updates: int = flag(60, "rollouts, each followed by --updates-per-rollout optimizer steps")
     prompts: int = flag(16, "B, prompts per update")
     group: int = flag(8, "G, completions per prompt; at least 2")
     max_new_tokens: int = flag(64, "longest completion")
     # the optimizer
-    lr: float = flag(3e-4, "learning rate at the start; falls linearly to 0")
+    lr: float = flag(1.5e-4, "learning rate at the start; falls linearly to 0")
     beta: float = flag(0.04, "weight of the KL to the frozen starting point; 0: no reference is kept")
     clip_eps: float = flag(0.2, "PPO clip of the probability ratio, felt from the second step per rollout on")
     updates_per_rollout: int = flag(1, "optimizer steps per rollout")
     clip_norm: float = flag(1.0, "largest gradient norm")
     # what is shown and kept
     val_every: int = flag(20, "updates between evaluations on --val")
-    show_every: int = flag(10, "updates between printed samples")
+    show_every: int = flag(10, "updates between printed samples; 0: none")
     save_dtype: str = flag("bfloat16", "of the saved weights", choices=("bfloat16", "float16", "float32"))
-    seed: int = flag(0, "of the data order and the sampling")
-    workers: int = flag(1, "processes that decode clips ahead")
-    device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one")
-    siglip: str = flag("", "directory of the vision tower, if the checkpoint lacks it")
-    whisper: str = flag("", "directory of the audio tower, if the checkpoint lacks it")
-    bert: str = flag("", "directory of BERT, if the checkpoint lacks it")
 
 
 def reward_completions(texts, labels):
@@ -162,7 +148,7 @@ def main(argv=None):
     clips_ahead = batches(clips_of(model, examples, config.fit), order, config.prompts, config.workers)
     metrics, best_war, start = [], -1.0, time.perf_counter()
     with open(out / "metrics.jsonl", "w", encoding="utf-8") as metrics_file:
-        metrics_file.write(json.dumps({"config": asdict(config)}) + "\n")
+        metrics_file.write(json.dumps({"config": asdict(config)}, default=str) + "\n")
         progress = tqdm(total=config.updates, desc="grpo", unit="update")
         for update, clips in enumerate(clips_ahead, start=1):
             clock = time.perf_counter()
@@ -246,7 +232,7 @@ def main(argv=None):
                 result = evaluate(model, tokenizer, bert, val, title="validation", **evaluation)
                 line.update(val_war=result["war"], val_uar=result["uar"], val_format=result["format"])
                 tqdm.write(f"\nupdate {update} · validation WAR {100 * result['war']:.1f}  format {100 * result['format']:.1f} %")
-                if result["war"] > best_war:
+                if result["war"] >= best_war:  # of equals the later: it has seen more
                     best_war = result["war"]
                     model.save_pretrained(out / "best", getattr(torch, config.save_dtype))
             metrics.append(line)
@@ -260,9 +246,9 @@ def main(argv=None):
     model.save_pretrained(out / "last", getattr(torch, config.save_dtype))
     draw_curves(metrics, out / "curves.png")
     if (out / "best").exists():  # report the checkpoint that validation chose
-        model, tokenizer, bert = load(config.__class__(**{**asdict(config), "model": str(out / "best")}))
+        model, tokenizer, bert = load(replace(config, model=out / "best", siglip="", whisper="", bert=""))
     after = test_all("after")
-    (out / "results.json").write_text(json.dumps({"config": asdict(config), "before": before, "after": after}, indent=1) + "\n")
+    (out / "results.json").write_text(json.dumps({"config": asdict(config), "before": before, "after": after}, indent=1, default=str) + "\n")
     print(f"\n{'':10}{'':8}{'WAR':>8}{'UAR':>8}{'format':>8}{'length':>8}")
     for name in tests:
         for when, results in (("before", before), ("after", after)):

@@ -20,21 +20,14 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import DataError, batches
-from evaluate import clips_of, compute_dtype, encode_clips, flag, load, parse_flags, question_inputs, read_examples, run
+from evaluate import Common, clips_of, compute_dtype, encode_clips, flag, load, parse_flags, question_inputs, read_examples, run
 from grpo import token_logps
 
 
 @dataclass
-class Config:
-    model: str = flag("", "checkpoint directory to start from")
-    data: tuple = flag((), "manifests with answers to learn")
-    media_root: str = flag("", "folder that the manifests' paths are relative to, if not the manifest's own")
-    out: str = flag("runs/sft", "where the checkpoint and metrics.jsonl are written")
+class Config(Common):
     question: str = flag("manifest", "manifest (each entry's own), reasoning, label, or the text of a question")
-    modality: str = flag("manifest", "what the model is given; manifest: what each entry's text asks for",
-                         choices=("manifest", "video_audio", "video", "audio"))
-    fit: str = flag("pad", "how frames become square", choices=("pad", "squash"))
-    limit: int = flag(0, "use only the first so many examples; 0: all")
+    out: str = flag("runs/sft", "where the checkpoint and metrics.jsonl are written")
     epochs: float = flag(5.0, "passes over the data")
     steps: int = flag(0, "optimizer steps, instead of --epochs")
     batch_size: int = flag(16, "examples per optimizer step")
@@ -42,13 +35,7 @@ class Config:
     lr: float = flag(2e-5, "peak learning rate: 3 %% linear warm-up, then cosine to 0")
     clip_norm: float = flag(1.0, "largest gradient norm")
     train_towers: bool = flag(False, "train the vision and audio towers too")
-    seed: int = flag(0, "of the data order")
-    workers: int = flag(1, "processes that decode clips ahead")
-    device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one")
     save_dtype: str = flag("bfloat16", "of the saved weights", choices=("bfloat16", "float16", "float32"))
-    siglip: str = flag("", "directory of the vision tower, if the checkpoint lacks it")
-    whisper: str = flag("", "directory of the audio tower, if the checkpoint lacks it")
-    bert: str = flag("", "directory of BERT, if the checkpoint lacks it")
 
 
 def set_trainable(model, towers=False):
@@ -86,13 +73,12 @@ def cosine(step, steps, warmup=0.03):
 
 
 def train(config, model, tokenizer, bert, examples):
-    """The loop; returns the list of metrics, one dict per step."""
+    """The loop; yields a dict of metrics after each optimizer step."""
     parameters = set_trainable(model, config.train_towers)
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0)
     epochs = config.epochs if not config.steps else config.steps * config.batch_size / len(examples)
     order = data_order(len(examples), epochs, config.seed)
     steps = math.ceil(len(order) / config.batch_size)
-    metrics = []
     decoded = batches(clips_of(model, examples, config.fit), order, config.batch_size, config.workers)
     for step, clips in enumerate(tqdm(decoded, total=steps, desc=f"sft {Path(config.out).name}", unit="step")):
         batch = [examples[clip["index"]] for clip in clips]
@@ -115,8 +101,7 @@ def train(config, model, tokenizer, bert, examples):
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-        metrics.append({"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr})
-    return metrics
+        yield {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr}
 
 
 def main(argv=None):
@@ -124,10 +109,10 @@ def main(argv=None):
     if not config.model or not config.data:
         raise DataError("needs --model DIR and --data MANIFEST")
     model, tokenizer, bert = load(config)
-    metrics = train(config, model, tokenizer, bert, read_examples(config.data, config))
+    metrics = list(train(config, model, tokenizer, bert, read_examples(config.data, config)))
     out = Path(config.out)
     model.save_pretrained(out, getattr(torch, config.save_dtype))
-    (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [asdict(config), *metrics]))
+    (out / "metrics.jsonl").write_text("".join(json.dumps(line, default=str) + "\n" for line in [asdict(config), *metrics]))
     print(f"loss {metrics[0]['loss']:.3f} -> {metrics[-1]['loss']:.3f}; checkpoint in {out}")
 
 

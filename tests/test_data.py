@@ -163,7 +163,7 @@ def full_log_mel(waveform, n_mels, num_samples):
     return (torch.maximum(log, log.max() - 8) + 4) / 4
 
 
-@pytest.mark.parametrize("samples", [1, 199, 201, 15600, 15601, 16000, 54272, 95999, 96000, 100000])
+@pytest.mark.parametrize("samples", [1, 199, 201, 15600, 15601, 15700, 15900, 16000, 54272, 95999, 96000, 100000])
 @pytest.mark.parametrize("num_samples, n_mels", [(96000, 80), (480000, 128)])
 def test_skipping_the_silence_changes_nothing(samples, num_samples, n_mels):
     waveform = 0.1 * torch.randn(samples, generator=torch.Generator().manual_seed(samples))
@@ -195,6 +195,7 @@ def test_mel_shows_a_sine_at_its_place():
     ("f.mkv", dict(video="ffv1", audio="pcm_s16le", rate=8000)),
     ("g.mp4", dict(video="mpeg4", audio="aac", audio_first=True)),
     ("h.avi", dict(video="mjpeg", audio="pcm_s16le", rate=11025)),
+    ("i.mov", dict(video="mpeg4", audio="pcm_s16le", rate=22050)),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_containers_and_codecs(tmp_path, name, codecs):
     path = write_clip(tmp_path / name, frames=22, **codecs)
@@ -467,6 +468,15 @@ def test_end_and_padding_tokens(checkpoint, generation, expected_ids):
     (checkpoint / "generation_config.json").write_text(json.dumps(generation))
     tokenizer = data.Tokenizer(checkpoint)
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == expected_ids
+
+
+def test_padding_and_truncation_of_a_saved_tokenizer_are_ignored(checkpoint):
+    reference = data.Tokenizer(checkpoint)
+    reference.tokenizer.enable_truncation(5)
+    reference.tokenizer.enable_padding(length=5)
+    reference.tokenizer.save(str(checkpoint / "tokenizer.json"))
+    tokenizer = data.Tokenizer(checkpoint)
+    assert len(tokenizer.encode("Hello, world!")) > 5 and len(tokenizer.encode("a")) == 1
 
 
 def test_broken_tokenizer_files(checkpoint, tmp_path):

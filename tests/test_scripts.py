@@ -91,7 +91,6 @@ def test_grpo_runs_end_to_end(manifest, tmp_path, beta, steps_per_rollout, capsy
 def test_grpo_with_the_same_seed_is_the_same_run(manifest, tmp_path):
     runs = []
     for name in ("a", "b"):
-        # random rewards are all 0 on this checkpoint; the KL moves nothing at the start, so the run needs another reward
         train_grpo.main(["--model", CHECKPOINT, "--data", manifest, "--out", str(tmp_path / name), "--updates", "2", "--prompts", "2",
                          "--group", "2", "--max-new-tokens", "5", "--seed", "7", "--workers", "1"])
         runs.append([{k: v for k, v in line.items() if "second" not in k} for line in read_metrics(tmp_path / name)[1]])
