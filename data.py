@@ -464,20 +464,30 @@ def _load_item(dataset, index):
         return error
 
 
-def batches(dataset, order, batch_size, workers=0, seed=0):
+def batches(dataset, order, batch_size, workers=0, seed=0, skip_log=None):
     """Yield lists of batch_size items dataset[i] for i in `order` (the last list may be shorter).
 
     `workers` processes decode ahead, about one batch; with 0 it happens here. Workers share out clips, not
     batches, so the first batch comes early. Errors of the data arrive as they were raised. `seed` only keeps
     the loader from drawing on torch's global random state, which a resumed run must find unchanged.
+
+    skip_log: a file; clips that cannot be used are then listed there and left out, and the batch is that much
+    shorter. More than 5 % of the data set's clips is an error all the same: then something else is wrong.
     """
     ahead = {"prefetch_factor": max(2, -(-batch_size // workers))} if workers else {}
     loader = torch.utils.data.DataLoader(
         list(order), batch_size=None, collate_fn=functools.partial(_load_item, dataset), num_workers=workers,
         generator=torch.Generator().manual_seed(seed), **ahead)
-    items = iter(loader)
+    items, skipped = iter(loader), set()
     while batch := list(itertools.islice(items, batch_size)):
-        for item in batch:
-            if isinstance(item, DataError):
-                raise item
-        yield batch
+        for problem in (item for item in batch if isinstance(item, DataError)):
+            if skip_log is None or not isinstance(problem, ClipError):
+                raise problem
+            skipped.add(str(problem))
+            Path(skip_log).parent.mkdir(parents=True, exist_ok=True)
+            Path(skip_log).write_text("\n".join(sorted(skipped)) + "\n", encoding="utf-8")
+            if len(skipped) > 0.05 * len(dataset):
+                raise DataError(f"{len(skipped)} of {len(dataset)} clips cannot be used, more than 5 %; they are listed in {skip_log}")
+        batch = [item for item in batch if not isinstance(item, DataError)]
+        if batch:
+            yield batch

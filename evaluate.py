@@ -1,12 +1,17 @@
-"""Evaluate a checkpoint on labelled clips, or ask it about one clip.
+"""Evaluate checkpoints on labelled clips, or ask one about one clip.
 
-    python evaluate.py --model DIR --data manifest.json [more.json]    WAR, UAR, recall, confusion; results as JSON
-    python evaluate.py --model DIR --clip file.mp4                     prints the completion
+    python evaluate.py --model DIR --data dfew.json mafw.json     WAR, UAR, recall, confusion per manifest
+    python evaluate.py --model DIR --clip file.mp4                prints the completion
+    python evaluate.py --table runs/evaluate/*/*.json             the paper's table from saved results
 
 Open vocabulary, as in the paper (section 4.2): the prompt lists no classes, the model names the emotion itself. The
 answer is compared with the label after trimming, lower-casing and dropping trailing punctuation; a word outside the
-label set is wrong and counted as unknown. WAR is the accuracy, UAR the mean recall over the classes that occur in
-the ground truth. Decoding is greedy unless --temperature is given; --samples k then averages over k completions.
+label set is wrong and counted as unknown. --aliases also says how many are right if anger counts as angry. WAR is the
+accuracy, UAR the mean recall over the classes that occur in the ground truth. Decoding is greedy unless --temperature
+is given; --samples k then averages over k completions per clip.
+
+Results go to --out, per manifest NAME: NAME.json with the metrics, the settings and every raw completion, and
+NAME.png with the confusion table. An interrupted evaluation goes on from NAME.partial.jsonl.
 """
 
 import argparse
@@ -14,9 +19,10 @@ import json
 import sys
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+import matplotlib
 import torch
 from tqdm import tqdm
 
@@ -25,8 +31,11 @@ from data import (QUESTION_LABEL, QUESTION_REASONING, BertTokenizer, Clips, Data
 from generate import generate
 from grpo import completion_mask
 from model import CheckpointError, HumanOmni
-from rewards import extract_answer, format_reward, normalise
+from rewards import extract_answer, format_reward
 from toy import read_statements
+
+matplotlib.use("Agg")  # draws to files; no display needed
+import matplotlib.pyplot as plt  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------
 # Shared by the three scripts: flags, loading, one batch
@@ -37,8 +46,10 @@ def flag(default, help, **more):
     return field(default=default, metadata={"help": help, **more})
 
 
-def parse_flags(config_class, manual, argv=None):
-    """Command line -> config_class: each field is one flag; tuples take several values, bools a --no- form."""
+def parse_flags(config_class, manual, argv=None, presets=None):
+    """Command line -> config_class: each field is one flag; tuples take several values, bools a --no- form.
+
+    presets: name -> {field: value}, chosen by --preset; flags that are given win over it."""
     parser = argparse.ArgumentParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(config_class):
         default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
@@ -52,6 +63,8 @@ def parse_flags(config_class, manual, argv=None):
         if "choices" in f.metadata:
             options["choices"] = f.metadata["choices"]
         parser.add_argument("--" + f.name.replace("_", "-"), **options)
+    if presets:
+        parser.set_defaults(**presets.get(parser.parse_known_args(argv)[0].preset, {}))
     return config_class(**vars(parser.parse_args(argv)))
 
 
@@ -78,6 +91,8 @@ class Common:
     siglip: str = flag("", "directory of the vision tower, if the checkpoint lacks it")
     whisper: str = flag("", "directory of the audio tower, if the checkpoint lacks it")
     bert: str = flag("", "directory of BERT, if the checkpoint lacks it")
+    on_bad_clip: str = flag("stop", "skip: leave clips that cannot be decoded out and list them in skipped.txt; over 5 % stop all the same",
+                            choices=("stop", "skip"))
     workers: int = flag(1, "processes that decode clips ahead")
     seed: int = flag(0, "of everything random")
     device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one")
@@ -151,106 +166,242 @@ def decode(tokenizer, ids):
 
 @torch.no_grad()
 def evaluate(model, tokenizer, bert, examples, *, fit="pad", batch_size=32, workers=0, max_new_tokens=512, temperature=0.0,
-             top_p=1.0, samples=1, seed=0, title="evaluate"):
-    """Complete every example's prompt and score the answers: a dict of metrics (see `score`) with all raw completions."""
-    rows = []
-    with tqdm(total=len(examples), desc=title, unit="clip", leave=False) as progress, compute_dtype(model):
-        for clips in batches(clips_of(model, examples, fit), range(len(examples)), batch_size, workers):
+             top_p=1.0, samples=1, seed=0, title="evaluate", log=None, skip_log=None):
+    """Complete every example's prompt: a list of rows, one per completion, in the order of the examples.
+
+    log: a JSONL file that gets every row as soon as it is there; examples that it holds already are not done again."""
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()[1:]] if log else []
+    done = {row["index"] for row in rows}
+    order = [i for i in range(len(examples)) if i not in done]
+    with tqdm(total=len(examples), initial=len(done), desc=title, unit="clip", leave=False) as progress, compute_dtype(model):
+        for clips in batches(clips_of(model, examples, fit), order, batch_size, workers, skip_log=skip_log):
             batch = [examples[clip["index"]] for clip in clips]
             prompts = prompts_of(model, tokenizer, bert, batch, encode_clips(model, clips))
             ids = generate(model, prompts, samples, max_new_tokens, temperature, top_p, tokenizer.eos_token_id,
-                           seed + len(rows)).cpu()  # (B, G, C)
-            for example, group in zip(batch, ids):
+                           seed + clips[0]["index"]).cpu()  # (B, G, C)
+            new = []
+            for clip, example, group in zip(clips, batch, ids):
                 for row in group:
                     text, ended = decode(tokenizer, row)
-                    rows.append({"video": str(example.video), "label": extract_answer(example.answer), "completion": text,
-                                 "tokens": int(completion_mask(row[None], tokenizer.eos_token_id).sum()), "truncated": not ended,
-                                 **{cue: example.extra[cue] for cue in ("face", "voice") if cue in example.extra}})
+                    length = int(completion_mask(row[None], tokenizer.eos_token_id).sum())
+                    cues = {cue: example.extra[cue] for cue in ("face", "voice") if cue in example.extra}  # the toy knows them
+                    new.append({"index": clip["index"], "video": str(example.video), "label": extract_answer(example.answer),
+                                "completion": text, "tokens": length, "truncated": not ended, **cues})
+            rows += new
+            if log:
+                with open(log, "a", encoding="utf-8") as file:
+                    file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new))
             progress.update(len(batch))
-    return {**score(rows), "completions": rows}
+    return sorted(rows, key=lambda row: row["index"])
 
 
-def score(rows):
-    """Rows with "label", "completion", "tokens", "truncated" -> metrics.
+# Other words for the same label, in the data sets' usual spelling. Only used on request.
+ALIASES = {"anger": "angry", "happiness": "happy", "joy": "happy", "joyful": "happy", "sadness": "sad", "fearful": "fear",
+           "scared": "fear", "afraid": "fear", "surprised": "surprise", "disgusted": "disgust", "contempt": "contemptuous",
+           "anxiety": "anxious", "helplessness": "helpless", "disappointment": "disappointed", "calmness": "calm"}
+
+
+def score(rows, aliases=False):
+    """Rows of `evaluate` -> metrics. With aliases, words of ALIASES count as the label they stand for.
 
     Rows of the toy also say what face and voice did; then the share of true statements in the reasoning is known."""
-    labels = sorted({row["label"] for row in rows})
-    pairs = Counter((row["label"], extract_answer(row["completion"])) for row in rows)
-    count = Counter(row["label"] for row in rows)
-    recall = {label: pairs[label, label] / count[label] for label in labels}
+    if not rows:
+        raise DataError("no clip could be evaluated")
+    same = ALIASES.get if aliases else lambda word, default: default
+    true = [same(row["label"], row["label"]) for row in rows]
     answers = [extract_answer(row["completion"]) for row in rows]
+    answers = [same(answer, answer) for answer in answers]
+    count, pairs = Counter(true), Counter(zip(true, answers))
+    recall = {label: pairs[label, label] / count[label] for label in sorted(count)}
+    n = len(rows)
     metrics = {
-        "n": len(rows),
-        "war": sum(pairs[label, label] for label in labels) / len(rows),
+        "n": n,
+        "war": sum(pairs[label, label] for label in count) / n,
         "uar": sum(recall.values()) / len(recall),
-        "format": sum(format_reward(row["completion"]) for row in rows) / len(rows),
-        "mean_length": sum(row["tokens"] for row in rows) / len(rows),
+        "format": sum(format_reward(row["completion"]) for row in rows) / n,
+        "mean_length": sum(row["tokens"] for row in rows) / n,
         "unknown": sum(answer not in count for answer in answers),
         "unformatted": sum(not format_reward(row["completion"]) for row in rows),
         "truncated": sum(row["truncated"] for row in rows),
         "recall": recall,
-        "confusion": {label: {answer: n for (true, answer), n in sorted(pairs.items()) if true == label} for label in labels},
+        "confusion": {label: {answer: k for (truth, answer), k in sorted(pairs.items()) if truth == label} for label in recall},
     }
     if all("face" in row and "voice" in row for row in rows):
         stated = [read_statements(row["completion"]) for row in rows]
-        metrics["face_true"] = sum(face == row["face"] for (face, _), row in zip(stated, rows)) / len(rows)
-        metrics["voice_true"] = sum(voice == row["voice"] for (_, voice), row in zip(stated, rows)) / len(rows)
+        metrics["face_true"] = sum(face == row["face"] for (face, _), row in zip(stated, rows)) / n
+        metrics["voice_true"] = sum(voice == row["voice"] for (_, voice), row in zip(stated, rows)) / n
     return metrics
 
 
-def report(result):
+# ------------------------------------------------------------------------------------------------
+# Reports
+
+
+def confusion_counts(metrics):
+    """-> labels, and one list of counts per true label: answers with each label, then unknown words."""
+    labels = list(metrics["recall"])
+    table = []
+    for label in labels:
+        answers = metrics["confusion"][label]
+        known = [answers.get(other, 0) for other in labels]
+        table.append([*known, sum(answers.values()) - sum(known)])
+    return labels, table
+
+
+def report(metrics):
     """The metrics as text: a summary, then recall and answers per class."""
-    labels = list(result["recall"])
-    lines = [f"n {result['n']}   WAR {100 * result['war']:.2f}   UAR {100 * result['uar']:.2f}   "
-             f"format {100 * result['format']:.1f} %   mean length {result['mean_length']:.1f} tokens",
-             f"unknown words {result['unknown']}   unformatted {result['unformatted']}   truncated {result['truncated']}"]
-    if "face_true" in result:
-        lines.append(f"statements true: face {100 * result['face_true']:.1f} %   voice {100 * result['voice_true']:.1f} %")
+    lines = [f"n {metrics['n']}   WAR {100 * metrics['war']:.2f}   UAR {100 * metrics['uar']:.2f}   "
+             f"format {100 * metrics['format']:.1f} %   mean length {metrics['mean_length']:.1f} tokens",
+             f"unknown words {metrics['unknown']}   unformatted {metrics['unformatted']}   truncated {metrics['truncated']}"]
+    if "face_true" in metrics:
+        lines.append(f"statements true: face {100 * metrics['face_true']:.1f} %   voice {100 * metrics['voice_true']:.1f} %")
+    labels, table = confusion_counts(metrics)
     width = max(map(len, [*labels, "unknown"])) + 1
     lines += ["", "recall, and how often each answer was given (rows: truth)",
-              " " * width + "recall " + "".join(f"{label:>{width}}" for label in [*labels, "unknown"])]
-    for label in labels:
-        answers = result["confusion"][label]
-        counts = [answers.get(other, 0) for other in labels]
-        counts.append(sum(answers.values()) - sum(counts))
-        lines.append(f"{label:<{width}}{100 * result['recall'][label]:6.1f} " + "".join(f"{n:>{width}}" for n in counts))
+              " " * width + " recall" + "".join(f"{label:>{width}}" for label in [*labels, "unknown"])]
+    for label, counts in zip(labels, table):
+        lines.append(f"{label:<{width}}{100 * metrics['recall'][label]:7.1f}" + "".join(f"{k:>{width}}" for k in counts))
     return "\n".join(lines)
+
+
+def draw_confusion(metrics, path):
+    """The confusion table as a picture; colour is the share of the row."""
+    labels, table = confusion_counts(metrics)
+    figure, axis = plt.subplots(figsize=(1.5 + 0.7 * len(labels), 1 + 0.6 * len(labels)))
+    axis.imshow([[k / max(1, sum(counts)) for k in counts] for counts in table], cmap="Blues", vmin=0, vmax=1)
+    for y, counts in enumerate(table):
+        for x, k in enumerate(counts):
+            axis.text(x, y, k, ha="center", va="center", fontsize=8, color="white" if k > 0.5 * sum(counts) else "black")
+    axis.set_xticks(range(len(labels) + 1), [*labels, "unknown"], rotation=45, ha="right")
+    axis.set_yticks(range(len(labels)), labels)
+    axis.set(xlabel="answer", ylabel="truth", title=f"WAR {100 * metrics['war']:.1f}, UAR {100 * metrics['uar']:.1f}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+PUBLISHED = {  # the paper's Table 1: WAR, UAR
+    "HumanOmni-0.5B": {"DFEW": (22.64, 19.44), "MAFW": (20.18, 13.52), "RAVDESS": (7.33, 9.38)},
+    "EMER-SFT": {"DFEW": (38.66, 35.31), "MAFW": (38.39, 28.02), "RAVDESS": (29.00, 27.19)},
+    "MAFW-DFEW-SFT": {"DFEW": (60.23, 44.39), "MAFW": (50.44, 30.39), "RAVDESS": (29.33, 30.75)},
+    "R1-Omni": {"DFEW": (65.83, 56.27), "MAFW": (57.68, 40.04), "RAVDESS": (43.00, 44.69)},
+}
+
+
+def results_table(files, published=False):
+    """Saved results -> the paper's layout (rows: checkpoints, columns: data sets) in Markdown, with the counts below."""
+    cells, counts, columns = {}, [], []
+    for file in files:
+        try:
+            result = json.loads(Path(file).read_text(encoding="utf-8"))
+            model, data, metrics = result["settings"]["model"], result["name"], result["metrics"]
+            cells.setdefault(model, {})[data] = (100 * metrics["war"], 100 * metrics["uar"])
+            counts.append(f"| {model} | {data} | {metrics['n']} | {metrics['unknown']} | {metrics['unformatted']} | {metrics['truncated']} |")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{file}: not a result of evaluate.py ({type(error).__name__}: {error})") from None
+        columns += [data] * (data not in columns)
+    if published:
+        cells |= {f"{name} (published)": row for name, row in PUBLISHED.items()}
+        columns += [data for data in PUBLISHED["R1-Omni"] if data not in columns]
+    lines = ["| method | " + " | ".join(f"{data} WAR | {data} UAR" for data in columns) + " |", "|---" * (1 + 2 * len(columns)) + "|"]
+    for model, row in cells.items():
+        values = (f"{row[data][0]:.2f} | {row[data][1]:.2f}" if data in row else "– | –" for data in columns)
+        lines.append(f"| {model} | " + " | ".join(values) + " |")
+    lines += ["", "| method | data | n | unknown words | unformatted | truncated |", "|---|---|---|---|---|---|", *counts]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------
+# The script
 
 
 @dataclass
 class Config(Common):
     clip: str = flag("", "one media file to answer about, instead of --data")
-    out: str = flag("runs/evaluate.json", "where the metrics and every raw completion are written")
+    out: str = flag("runs/evaluate", "folder for the results")
     temperature: float = flag(0.0, "0 is greedy")
     top_p: float = flag(1.0, "nucleus sampling, with a temperature")
     samples: int = flag(1, "completions per clip, with a temperature")
     max_new_tokens: int = flag(512, "longest completion")
     batch_size: int = flag(16, "clips at a time")
+    aliases: bool = flag(False, "also score with anger = angry, fearful = fear, ...")
+    modality_report: bool = flag(False, "evaluate with both media, video alone and audio alone, side by side")
+    table: tuple = flag((), "result files to print as one table; nothing is evaluated")
+    published: bool = flag(False, "the paper's Table 1 below --table")
+
+
+def start_log(path, settings):
+    """A log to go on with: created, or an unfinished one of the same settings, cut back to its last whole line."""
+    header = json.dumps(settings, default=str)
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if lines and lines[0].strip() != header:
+            raise DataError(f"{path}: an unfinished evaluation with other settings; delete it or choose another --out")
+        path.write_text("".join(line for line in lines if line.endswith("\n")) or header + "\n", encoding="utf-8")
+    else:
+        path.write_text(header + "\n", encoding="utf-8")
+    return path
+
+
+# What may differ when an evaluation goes on: where and how, not what.
+RESUME_WITH = ("data", "clip", "table", "published", "out", "batch_size", "workers", "device", "on_bad_clip", "aliases", "modality_report")
+
+
+def evaluate_manifest(config, loaded, manifest, modality, name):
+    """Evaluate one manifest and write its results; returns the metrics."""
+    config = replace(config, modality=modality)
+    out, weights = Path(config.out), Path(config.model)
+    changed = max((f.stat().st_mtime for f in weights.glob("*.safetensors")), default=0)  # a retrained model is another model
+    settings = {"manifest": str(manifest), "weights_changed": changed,
+                **{key: value for key, value in asdict(config).items() if key not in RESUME_WITH}}
+    out.mkdir(parents=True, exist_ok=True)
+    log = start_log(out / f"{name}.partial.jsonl", settings)
+    skip_log = out / f"{name}.skipped.txt" if config.on_bad_clip == "skip" else None
+    rows = evaluate(*loaded, read_examples([manifest], config), fit=config.fit, batch_size=config.batch_size, workers=config.workers,
+                    max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p, samples=config.samples,
+                    seed=config.seed, title=name, log=log, skip_log=skip_log)
+    metrics = score(rows)
+    result = {"name": name, "settings": settings, "metrics": metrics, "completions": rows}
+    if config.aliases:
+        result["metrics_with_aliases"] = score(rows, aliases=True)
+    (out / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    draw_confusion(metrics, out / f"{name}.png")
+    log.unlink()
+    print(f"\n{name}\n{report(metrics)}")
+    if config.aliases:
+        print(f"\nwith aliases: WAR {100 * result['metrics_with_aliases']['war']:.2f}   UAR {100 * result['metrics_with_aliases']['uar']:.2f}")
+    if skip_log and skip_log.exists():
+        print(f"\nclips left out are listed in {skip_log}")
+    return metrics
 
 
 def main(argv=None):
     config = parse_flags(Config, __doc__, argv)
+    if config.table:
+        print(results_table(config.table, config.published))
+        return
     if not config.model or bool(config.data) == bool(config.clip):
         raise DataError("needs --model DIR and one of --data MANIFEST and --clip FILE")
-    model, tokenizer, bert = load(config)
+    if config.samples > 1 and not config.temperature:
+        raise DataError("--samples needs a --temperature: greedy completions are all the same")
+    loaded = load(config)
     if config.clip:
-        if not Path(config.clip).is_file():
-            raise DataError(f"{config.clip}: no such file")
-        examples = [as_asked(Example(Path(config.clip), QUESTION_REASONING, "", "video_audio"), config)]
-    else:
-        examples = read_examples(config.data, config)
-    result = evaluate(model, tokenizer, bert, examples, fit=config.fit, batch_size=config.batch_size, workers=config.workers,
-                      max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p,
-                      samples=config.samples, seed=config.seed)
-    if config.clip:
-        for row in result["completions"]:
+        example = as_asked(Example(Path(config.clip), QUESTION_REASONING, "", "video_audio"), config)
+        for row in evaluate(*loaded, [example], fit=config.fit, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+                            top_p=config.top_p, samples=config.samples, seed=config.seed):
             print(row["completion"])
         return
-    print(report(result))
-    out = Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"config": vars(config), **result}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"\nwritten: {out}")
+    modalities = ("video_audio", "video", "audio") if config.modality_report else (config.modality,)
+    stems = Counter(Path(path).stem for path in config.data)
+    reports = []
+    for path in map(Path, config.data):
+        base = path.stem if stems[path.stem] == 1 else f"{path.parent.name}_{path.stem}"  # dfew/test.json, mafw/test.json
+        for modality in modalities:
+            name = f"{base}.{modality}" if config.modality_report else base
+            metrics = evaluate_manifest(config, loaded, path, modality, name)
+            reports.append(f"{name:32}{100 * metrics['war']:8.2f}{100 * metrics['uar']:8.2f}{metrics['n']:8}{metrics['unknown']:9}{metrics['unformatted']:13}")
+    print(f"\n{'':32}{'WAR':>8}{'UAR':>8}{'n':>8}{'unknown':>9}{'unformatted':>13}\n" + "\n".join(reports))
+    print(f"\nresults: {config.out}")
 
 
 if __name__ == "__main__":

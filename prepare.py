@@ -66,7 +66,7 @@ LABEL_OF = {form: label for label, forms in EMOTION_WORDS.items() for form in fo
 def read_text(path):
     """A file's text. UTF-8 with or without the mark that Excel puts at the start."""
     if not path.is_file():
-        raise DataError(f"{path}: no such file; is --root right? (--help shows what is expected in it)")
+        raise DataError(f"{path}: no such file (--help shows what is expected in --root)")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -86,8 +86,8 @@ def read_csv(path, *layouts):
             if None in row or None in row.values():  # what DictReader makes of fields too many or too few
                 raise DataError(f"{path}: line {reader.line_num}: should have {len(header)} fields: {','.join(header)}")
             yield f"{path}: line {reader.line_num}", row
-    except CsvError as error:
-        raise DataError(f"{path}: line {reader.line_num}: {error}; is a quote missing or not doubled?") from error
+    except CsvError as error:  # in the entry that begins after the last good one
+        raise DataError(f"{path}: line {reader.line_num + 1}: {error}; is a quote missing or not doubled?") from error
 
 
 def label_of(code, labels, where):
@@ -139,10 +139,9 @@ def ravdess(root, actors=None):
         raise DataError(f"{root}: holds no folder Actor_01 or the like; is --root right?")
     for actor in sorted(present) if actors is None else actor_numbers(",".join(actors)):
         if actor not in present:
-            raise DataError(f"{root / f'Actor_{actor:02d}'}: no such folder; leave the actor out of --actors, or unpack it")
-        found = 0
-        # File names that begin with a point are notes that macOS leaves in folders.
-        for clip in sorted((root / f"Actor_{actor:02d}").glob("[!.]*.mp4")):
+            raise DataError(f"{root}: has no folder Actor_{actor:02d}; unpack it, or leave it out of --actors")
+        folder, found = root / f"Actor_{actor:02d}", 0
+        for clip in sorted(folder.glob("[!.]*.mp4")):  # not ._*.mp4, which macOS leaves in folders
             parts = clip.stem.split("-")  # modality, vocal channel, emotion, intensity, statement, repetition, actor
             if not re.fullmatch(r"[0-9]{2}(-[0-9]{2}){6}", clip.stem) or int(parts[6]) != actor:
                 raise DataError(f"{clip}: name should be seven two-digit numbers, the last of them {actor:02d}; "
@@ -151,7 +150,7 @@ def ravdess(root, actors=None):
                 found += 1
                 yield clip, label_of(parts[2], RAVDESS_LABELS, clip)
         if found != 60:
-            print(f"note: {root / f'Actor_{actor:02d}'} holds {found} speech clips with sound, the published one 60")
+            print(f"note: {folder} holds {found} speech clips with sound, the published one 60")
 
 
 def actor_numbers(text):
@@ -180,7 +179,7 @@ def emer(root, csv=None, videos=None):
         kinds = [".mp4", ".avi", ".mkv", ".webm", ".flv"]
         clip = first_existing(folder, [name] if Path(name).suffix in kinds else [name + kind for kind in kinds])
         if "emotions" in row:  # one word, several, or several as a Python list
-            words = [normalise(word.strip(" []'\"")) for word in row["emotions"].split(",")]
+            words = [normalise(word.strip(" []'\"")) for word in re.split("[,;，、]", row["emotions"])]
             yield clip, (row["reasons"].strip(), words[0])
         else:  # the conclusion comes last
             words = [LABEL_OF[word] for word in re.findall("[a-z]+", row["english"].lower()) if word in LABEL_OF]
@@ -193,6 +192,10 @@ SETS = {reader.__name__: reader for reader in (dfew, mafw, ravdess, emer)}
 # Clips and their labels -> manifest
 
 
+def few(names):
+    return ", ".join(names[:3]) + (", ..." if names[3:] else "")
+
+
 def entry_of(clip, target, question, folder):
     """One entry of a manifest in `folder`; `target` is a label or (reasoning, word)."""
     if isinstance(target, tuple):
@@ -200,7 +203,7 @@ def entry_of(clip, target, question, folder):
         if question == "reasoning":
             answer = f"<think>{reasoning}</think>\n<answer>{answer}</answer>"
             if not format_reward(answer):
-                raise DataError(f"{clip}: its text has <think> or <answer> tags of its own; take them out of the csv file")
+                raise DataError(f"{clip}: its text has <think> or <answer> tags of its own; take them out")
     else:
         answer = target
     ask = QUESTION_REASONING if question == "reasoning" else QUESTION_LABEL
@@ -209,6 +212,7 @@ def entry_of(clip, target, question, folder):
 
 
 def parse_args(argv=None):
+    """Command line -> all flags, and a dict of those given that are not for every data set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("set", choices=SETS, help="the data set")
     parser.add_argument("--root", required=True, help="its folder")
@@ -223,14 +227,14 @@ def parse_args(argv=None):
     own.add_argument("--csv", help="emer: the texts (default: the one csv file in --root)")
     own.add_argument("--videos", help="emer: the clips' folder (default: --root)")
     args = parser.parse_args(argv)
-    given = {flag: getattr(args, flag) for flag in ("split", "fold", "actors", "csv", "videos")}
-    return args, {flag: value for flag, value in given.items() if value is not None}
+    shared = ("set", "root", "out", "question", "skip_missing")
+    return args, {flag: value for flag, value in vars(args).items() if flag not in shared and value is not None}
 
 
 def main(argv=None):
     args, given = parse_args(argv)
     takes = dict(list(inspect.signature(SETS[args.set]).parameters.items())[1:])  # less root
-    for flag in given.keys() - takes.keys():
+    for flag in sorted(given.keys() - takes.keys()):
         raise DataError(f"{args.set} has no --{flag}; it takes {', '.join('--' + name for name in takes)}")
     for flag, parameter in takes.items():
         if parameter.default is parameter.empty and flag not in given:
@@ -242,16 +246,17 @@ def main(argv=None):
         raise DataError(f"{out}: is a folder; --out should be the manifest's own name, such as {out / 'manifest.json'}")
 
     listed = list(SETS[args.set](root, **given))
-    # A label is never empty; reasoning without a text or without a word teaches nothing.
-    clips = [(clip, target) for clip, target in listed if all(target)]
-    if len(clips) < len(listed):
-        print(f"{len(listed) - len(clips)} of {len(listed)} entries left out: no emotion word, or no text")
+    # Reasoning without its text or its word teaches nothing.
+    useless = [clip.stem for clip, target in listed if isinstance(target, tuple) and not all(target)]
+    if useless:
+        print(f"{len(useless)} of {len(listed)} entries left out, without a text or an emotion word: {few(useless)}")
+    clips = [(clip, target) for clip, target in listed if isinstance(target, str) or all(target)]
     missing = [str(clip) for clip, _ in clips if not clip.is_file()]
     if missing and not args.skip_missing:
-        raise DataError(f"{len(missing)} of {len(clips)} clips are missing: {', '.join(missing[:3])}"
-                        f"{', ...' if missing[3:] else ''}; mend --root{' or --videos' if 'videos' in takes else ''}, "
-                        "or leave them out with --skip-missing")
-    clips = [(clip, target) for clip, target in clips if str(clip) not in set(missing)]
+        raise DataError(f"{len(missing)} of {len(clips)} clips are missing: {few(missing)}; mend "
+                        f"--root{' or --videos' if 'videos' in takes else ''}, or leave them out with --skip-missing")
+    absent = set(missing)
+    clips = [(clip, target) for clip, target in clips if str(clip) not in absent]
     if not clips:
         raise DataError(f"{root}: {len(listed)} clips are listed for {args.set}, none of them can be used")
 

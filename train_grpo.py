@@ -2,6 +2,7 @@
 
     python train_grpo.py                                                  the toy, from nothing, on a laptop
     python train_grpo.py --model DIR --data manifest.json --out runs/r1   any checkpoint, any manifest
+    python train_grpo.py --model DIR --data dfew.json mafw.json --out runs/r1 --preset paper
 
 Labels are all the supervision there is: the model samples G completions per clip, two rules score them (right emotion?
 right format?), and what did better than its group becomes more likely. One update, numbered as in the README:
@@ -18,6 +19,7 @@ results.json. Every metric is explained in the README.
 
 import copy
 import json
+import math
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,7 +31,7 @@ from tqdm import tqdm
 import toy
 from data import DataError, batches
 from evaluate import (Common, clips_of, compute_dtype, decode, encode_clips, evaluate, flag, load, parse_flags, prompts_of,
-                      read_examples, run)
+                      read_examples, run, score)
 from generate import sample
 from grpo import completion_logps, completion_mask, group_advantages, grpo_loss
 from rewards import accuracy_reward, extract_answer, format_reward
@@ -46,13 +48,18 @@ REWARDS = {"accuracy": accuracy_reward, "format": lambda completion, label: form
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
+PRESETS = {"paper": dict(epochs=2.0, prompts=16, group=8, max_new_tokens=512, lr=1e-6, beta=0.04, updates_per_rollout=1, clip_norm=1.0)}
+
+
 @dataclass
 class Config(Common):
     val: tuple = flag((), "labelled manifests to evaluate on during training")
     test: tuple = flag((), "labelled manifests to evaluate on before and after")
     out: str = flag("runs/grpo", "where checkpoints, metrics and curves are written")
+    preset: str = flag("none", "paper: the published run's epochs, batch, lengths and learning rate", choices=("none", "paper"))
     # one update = 16 prompts x 8 completions = 128 rows, sampled together
     updates: int = flag(60, "rollouts, each followed by --updates-per-rollout optimizer steps")
+    epochs: float = flag(0.0, "passes over the data, instead of --updates")
     prompts: int = flag(16, "B, prompts per update")
     group: int = flag(8, "G, completions per prompt; at least 2")
     max_new_tokens: int = flag(64, "longest completion")
@@ -114,7 +121,7 @@ def draw_curves(metrics, path):
 
 
 def main(argv=None):
-    config = parse_flags(Config, __doc__, argv)
+    config = parse_flags(Config, __doc__, argv, PRESETS)
     if config.group < 2:
         raise DataError("--group must be at least 2: an advantage compares a completion with the rest of its group")
     if not config.model:
@@ -138,14 +145,17 @@ def main(argv=None):
     examples = read_examples(config.data, config)
     val = read_examples(config.val, config) if config.val else []
     tests = {Path(path).stem: read_examples([path], config) for path in config.test}
+    skip_log = out / "skipped.txt" if config.on_bad_clip == "skip" else None
     evaluation = dict(fit=config.fit, max_new_tokens=config.max_new_tokens, workers=config.workers)
 
     def test_all(title):
-        return {name: evaluate(model, tokenizer, bert, test, title=f"{name}, {title}", **evaluation) for name, test in tests.items()}
+        return {name: score(evaluate(model, tokenizer, bert, test, title=f"{name}, {title}", **evaluation)) for name, test in tests.items()}
 
     before = test_all("before")
+    if config.epochs:
+        config.updates = math.ceil(config.epochs * len(examples) / config.prompts)
     order = data_order(len(examples), config.updates * config.prompts / len(examples), config.seed)
-    clips_ahead = batches(clips_of(model, examples, config.fit), order, config.prompts, config.workers)
+    clips_ahead = batches(clips_of(model, examples, config.fit), order, config.prompts, config.workers, skip_log=skip_log)
     metrics, best_war, start = [], -1.0, time.perf_counter()
     with open(out / "metrics.jsonl", "w", encoding="utf-8") as metrics_file:
         metrics_file.write(json.dumps({"config": asdict(config)}, default=str) + "\n")
@@ -180,13 +190,13 @@ def main(argv=None):
 
             # 4. Log-probabilities that stay fixed while the policy moves: of the reference, and, if the rollout serves
             #    several steps, of the policy that sampled. Prompt by prompt: G completions against one prompt.
-            def score(scored, b):
+            def score_group(scored, b):
                 prompt, = prompts_of(scored, tokenizer, bert, [batch[b]], features[b])
                 return completion_logps(scored, prompt, ids[b])  # (G, C)
 
             with torch.no_grad(), compute_dtype(model):
-                ref_logps = [score(reference, b) for b in range(B)] if reference else [None] * B
-                old_logps = [score(model, b) for b in range(B)] if config.updates_per_rollout > 1 or update == 1 else [None] * B
+                ref_logps = [score_group(reference, b) for b in range(B)] if reference else [None] * B
+                old_logps = [score_group(model, b) for b in range(B)] if config.updates_per_rollout > 1 or update == 1 else [None] * B
             if update == 1:
                 assert_same_model(torch.stack(old_logps), sampled_logps, mask, "rollout and scoring")
                 if reference:
@@ -205,7 +215,7 @@ def main(argv=None):
                     if not config.beta and not advantages[b].any():
                         continue  # equal rewards and no KL: the gradient is exactly 0
                     with compute_dtype(model):
-                        logps = score(model, b)
+                        logps = score_group(model, b)
                     loss, parts = grpo_loss(logps, old_logps[b], ref_logps[b], advantages[b], mask[b], config.beta,
                                             config.clip_eps, num_completions=B * G)
                     loss.backward()
@@ -229,7 +239,7 @@ def main(argv=None):
                 b = int(total.std(dim=1).argmax())  # the group that teaches most
                 tqdm.write(show(batch[b], texts[b], {n: r[b] for n, r in rewards.items()}, advantages[b], update))
             if val and (update % config.val_every == 0 or update == config.updates):
-                result = evaluate(model, tokenizer, bert, val, title="validation", **evaluation)
+                result = score(evaluate(model, tokenizer, bert, val, title="validation", **evaluation))
                 line.update(val_war=result["war"], val_uar=result["uar"], val_format=result["format"])
                 tqdm.write(f"\nupdate {update} · validation WAR {100 * result['war']:.1f}  format {100 * result['format']:.1f} %")
                 if result["war"] >= best_war:  # of equals the later: it has seen more

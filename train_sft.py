@@ -1,7 +1,8 @@
 """Supervised fine-tuning: learn to write a manifest's answers. The paper's cold start (section 3.1), its label-only
 rival MAFW-DFEW-SFT, and the toy's base model are all this script with other data.
 
-    python train_sft.py --model DIR --data manifest.json --out runs/cold_start --epochs 5
+    python train_sft.py --model DIR --data emer.json --out runs/cold_start --preset paper
+    python train_sft.py --model DIR --data dfew.json mafw.json --out runs/labels --preset paper --question label --epochs 1 --batch-size 128
 
 Each answer's tokens, and the end-of-turn behind them, are predicted from the clip and the question; the loss is their
 mean negative log-likelihood. What trains: language model, projectors and gate; with --train-towers the SigLIP and
@@ -24,10 +25,14 @@ from evaluate import Common, clips_of, compute_dtype, encode_clips, flag, load, 
 from grpo import token_logps
 
 
+PRESETS = {"paper": dict(epochs=5.0, steps=0, batch_size=16, lr=2e-5, clip_norm=1.0)}
+
+
 @dataclass
 class Config(Common):
     question: str = flag("manifest", "manifest (each entry's own), reasoning, label, or the text of a question")
     out: str = flag("runs/sft", "where the checkpoint and metrics.jsonl are written")
+    preset: str = flag("none", "paper: the published cold start's epochs, batch size and learning rate", choices=("none", "paper"))
     epochs: float = flag(5.0, "passes over the data")
     steps: int = flag(0, "optimizer steps, instead of --epochs")
     batch_size: int = flag(16, "examples per optimizer step")
@@ -79,7 +84,8 @@ def train(config, model, tokenizer, bert, examples):
     epochs = config.epochs if not config.steps else config.steps * config.batch_size / len(examples)
     order = data_order(len(examples), epochs, config.seed)
     steps = math.ceil(len(order) / config.batch_size)
-    decoded = batches(clips_of(model, examples, config.fit), order, config.batch_size, config.workers)
+    skip_log = Path(config.out).with_name(Path(config.out).name + ".skipped.txt") if config.on_bad_clip == "skip" else None
+    decoded = batches(clips_of(model, examples, config.fit), order, config.batch_size, config.workers, skip_log=skip_log)
     for step, clips in enumerate(tqdm(decoded, total=steps, desc=f"sft {Path(config.out).name}", unit="step")):
         batch = [examples[clip["index"]] for clip in clips]
         targets = [tokenizer.sft_ids(e.question, e.answer, e.modality) for e in batch]  # (ids, labels) each
@@ -105,7 +111,7 @@ def train(config, model, tokenizer, bert, examples):
 
 
 def main(argv=None):
-    config = parse_flags(Config, __doc__, argv)
+    config = parse_flags(Config, __doc__, argv, PRESETS)
     if not config.model or not config.data:
         raise DataError("needs --model DIR and --data MANIFEST")
     model, tokenizer, bert = load(config)

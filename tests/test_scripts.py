@@ -107,16 +107,114 @@ def test_a_model_that_differs_between_rollout_and_scoring_stops_the_run():
 
 
 def test_evaluate_a_manifest_and_a_clip(manifest, tmp_path, capsys):
-    out = tmp_path / "results.json"
+    out = tmp_path / "results"
     evaluate.main(["--model", CHECKPOINT, "--data", manifest, "--out", str(out), "--max-new-tokens", "5", "--batch-size", "4", "--workers", "0"])
     printed = capsys.readouterr().out
     for word in ("n 6", "WAR", "UAR", "recall", "unknown words", "unformatted", *LABELS):
         assert word in printed
-    result = json.loads(out.read_text())
+    result = json.loads((out / "manifest.json").read_text())
     assert len(result["completions"]) == 6 and {"video", "label", "completion"} <= result["completions"][0].keys()
-    assert result["config"]["max_new_tokens"] == 5
+    settings = result["settings"]
+    assert settings["max_new_tokens"] == 5 and settings["fit"] == "pad" and settings["question"] == "reasoning"
+    assert sorted(file.name for file in out.iterdir()) == ["manifest.json", "manifest.png"]
     evaluate.main(["--model", CHECKPOINT, "--clip", str(GOLDEN / "media" / "clip.mp4"), "--max-new-tokens", "5"])
     assert capsys.readouterr().out.strip() == result["completions"][0]["completion"].strip()  # the same, alone
+
+
+def test_an_interrupted_evaluation_goes_on(manifest, tmp_path, monkeypatch):
+    """Stopped after the first batch, then started again: the same results, and no completion made twice."""
+    command = ["--model", CHECKPOINT, "--data", manifest, "--max-new-tokens", "5", "--batch-size", "2", "--workers", "0", "--out"]
+    evaluate.main([*command, str(tmp_path / "whole")])
+    calls, generate = [], evaluate.generate
+
+    def stopping(model, prompts, *rest):
+        calls.append(len(prompts))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(model, prompts, *rest)
+
+    monkeypatch.setattr(evaluate, "generate", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main([*command, str(tmp_path / "stopped")])
+    log = tmp_path / "stopped" / "manifest.partial.jsonl"
+    log.write_text(log.read_text() + '{"index": 5, "vid')  # torn in the middle of a line, too
+    with pytest.raises(DataError, match="other settings"):
+        evaluate.main([*command, str(tmp_path / "stopped"), "--fit", "squash"])
+    evaluate.main([*command, str(tmp_path / "stopped")])
+    assert calls == [2, 2, 2, 2]  # done, interrupted, and the two that were left
+    whole, stopped = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("whole", "stopped"))
+    assert whole["completions"] == stopped["completions"] and whole["metrics"] == stopped["metrics"]
+    assert not log.exists()
+
+
+def test_several_manifests_each_medium_and_the_table(manifest, tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    copy = tmp_path / "other" / "manifest.json"
+    copy.write_text((tmp_path / "manifest.json").read_text())
+    out = tmp_path / "results"
+    evaluate.main(["--model", CHECKPOINT, "--data", manifest, str(copy), "--out", str(out), "--max-new-tokens", "4", "--modality-report",
+                   "--limit", "2", "--workers", "0"])
+    files = sorted(out.glob("*.json"))
+    assert len(files) == 6 and {"other_manifest.audio.json", "other_manifest.video.json"} <= {file.name for file in files}
+    completions = {file.name: json.loads(file.read_text())["completions"][0]["completion"] for file in files}
+    assert len({completions[f"other_manifest.{m}.json"] for m in ("video_audio", "video", "audio")}) == 3  # what is given matters
+    capsys.readouterr()
+    evaluate.main(["--table", *map(str, files), "--published"])
+    printed = capsys.readouterr().out
+    assert "| R1-Omni (published) |" in printed and "65.83 | 56.27" in printed and "other_manifest.audio WAR" in printed
+    with pytest.raises(DataError, match="not a result"):
+        evaluate.main(["--table", manifest])
+
+
+def test_one_medium_leaves_the_other_tower_alone(manifest, tmp_path, monkeypatch):
+    from model import AudioTower, VisionTower
+    ran = []
+    for tower in (AudioTower, VisionTower):
+        monkeypatch.setattr(tower, "forward", lambda self, x, own=tower.forward: (ran.append(type(self).__name__), own(self, x))[1])
+    for modality, tower in (("video", "VisionTower"), ("audio", "AudioTower")):
+        for script in (lambda out: train_grpo.main(["--model", CHECKPOINT, "--data", manifest, "--modality", modality, "--updates", "1",
+                                                    "--prompts", "2", "--group", "2", "--max-new-tokens", "3", "--workers", "0", "--out", out]),
+                       lambda out: train_sft.main(["--model", CHECKPOINT, "--data", manifest, "--modality", modality, "--steps", "1",
+                                                   "--batch-size", "2", "--workers", "0", "--out", out])):
+            ran.clear()
+            script(str(tmp_path / modality))
+            assert set(ran) == {tower}
+            assert len(ran) == 1  # and once per batch, policy and reference together
+
+
+def test_bad_clips_stop_the_run_or_are_left_out_and_listed(tmp_path):
+    good = json.loads(json.dumps([{"video": str(GOLDEN / "media" / "clip16k.mp4"), "conversations": [
+        {"from": "human", "value": "<video>\n<audio>\n?"}, {"from": "gpt", "value": "happy"}]}]))[0]
+    (tmp_path / "broken.mp4").write_text("not a film")
+    bad = {**good, "video": str(tmp_path / "broken.mp4")}
+    path = tmp_path / "m.json"
+    path.write_text(json.dumps([good] * 3 + [bad] + [good] * 16))
+    command = ["--model", CHECKPOINT, "--data", str(path), "--max-new-tokens", "2", "--batch-size", "4", "--out", str(tmp_path / "out")]
+    with pytest.raises(DataError, match="broken.mp4"):
+        evaluate.main(command)
+    evaluate.main([*command, "--on-bad-clip", "skip"])  # goes on from there; 1 of 20 is not more than 5 %
+    result = json.loads((tmp_path / "out" / "m.json").read_text())
+    assert result["metrics"]["n"] == 19 and 3 not in {row["index"] for row in result["completions"]}
+    assert "broken.mp4" in (tmp_path / "out" / "m.skipped.txt").read_text()
+    path.write_text(json.dumps([good] * 3 + [bad] + [good] * 10))
+    with pytest.raises(DataError, match="1 of 14 clips cannot be used"):
+        evaluate.main([*command, "--on-bad-clip", "skip"])
+
+
+def test_presets_are_the_papers_and_flags_win():
+    config = evaluate.parse_flags(train_grpo.Config, "", ["--preset", "paper", "--group", "4"], train_grpo.PRESETS)
+    assert (config.lr, config.beta, config.epochs, config.prompts, config.group, config.max_new_tokens) == (1e-6, 0.04, 2, 16, 4, 512)
+    config = evaluate.parse_flags(train_sft.Config, "", ["--preset", "paper", "--epochs", "1", "--batch-size", "128"], train_sft.PRESETS)
+    assert (config.lr, config.epochs, config.batch_size) == (2e-5, 1, 128)
+
+
+def test_aliases_count_only_on_request():
+    rows = [{"label": "angry", "completion": "Anger.", "tokens": 1, "truncated": False},
+            {"label": "happiness", "completion": "joyful", "tokens": 1, "truncated": False},
+            {"label": "sad", "completion": "angry", "tokens": 1, "truncated": False}]
+    exact, loose = evaluate.score(rows), evaluate.score(rows, aliases=True)
+    assert exact["war"] == 0 and exact["unknown"] == 2
+    assert loose["war"] == 2 / 3 and loose["unknown"] == 0 and set(loose["recall"]) == {"angry", "happy", "sad"}
 
 
 def test_score_by_hand():

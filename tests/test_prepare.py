@@ -1,0 +1,354 @@
+"""prepare.py: miniature trees of each data set's layout, read back through read_manifest; and what it refuses.
+
+Nothing is decoded here, so empty files are clips.
+"""
+
+import inspect
+import json
+import os
+import runpy
+import sys
+
+import pytest
+from conftest import ROOT
+
+import prepare
+from data import QUESTION_LABEL, QUESTION_REASONING, DataError, read_manifest
+
+
+def touch(*paths):
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def write(path, text, encoding="utf-8"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding=encoding)
+    return path
+
+
+def manifest(tmp_path, *flags):
+    """prepare.py with these flags (--root is tmp_path/set) -> examples, as the other scripts read them."""
+    out = tmp_path / "manifests" / "out.json"
+    prepare.main([flags[0], "--root", str(tmp_path / "set"), "--out", str(out), *flags[1:]])
+    return read_manifest(out)
+
+
+def labels(examples):
+    """{file name: answer}"""
+    return {example.video.name: example.answer for example in examples}
+
+
+def refusal(tmp_path, *flags):
+    with pytest.raises(DataError) as error:
+        manifest(tmp_path, *flags)
+    assert not (tmp_path / "manifests" / "out.json").exists()
+    return str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------ dfew
+
+
+@pytest.fixture
+def dfew(tmp_path):
+    """Seven clips, one of each label, half of them with zeros in front; fold 2 for testing has the last alone."""
+    split = tmp_path / "set" / "EmoLabel_DataSplit"
+    lines = "".join(f"{n},{n}\n" for n in range(1, 8))
+    write(split / "train(single-labeled)" / "set_1.csv", f"video_name,label\n{lines}")
+    write(split / "test(single-labeled)" / "set_2.csv", "video_name,label\r\n00007,7\r\n", "utf-8-sig")
+    clips = tmp_path / "set" / "Clip" / "original"
+    touch(*(clips / f"{n}.mp4" for n in (1, 2, 3)), *(clips / f"{n:05d}.mp4" for n in (4, 5, 6, 7)))
+    return tmp_path
+
+
+def test_dfew_labels_and_both_spellings_of_clips(dfew, capsys):
+    examples = manifest(dfew, "dfew", "--split", "train")
+    assert labels(examples) == {"1.mp4": "happy", "2.mp4": "sad", "3.mp4": "neutral", "00004.mp4": "angry",
+                                "00005.mp4": "surprise", "00006.mp4": "disgust", "00007.mp4": "fear"}
+    assert {(e.question, e.modality) for e in examples} == {(QUESTION_REASONING, "video_audio")}
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in printed[:2]] == [["angry", "1"], ["disgust", "1"]]
+    assert printed[-1].split()[:4] == ["all", "7", "0", "missing"]
+
+
+def test_dfew_split_and_fold_choose_the_list(dfew):
+    assert labels(manifest(dfew, "dfew", "--split", "test", "--fold", "2")) == {"00007.mp4": "fear"}
+    (dfew / "manifests" / "out.json").unlink()
+    assert "test(single-labeled)/set_1.csv: no such file" in refusal(dfew, "dfew", "--split", "test")
+
+
+def test_label_question(dfew):
+    examples = manifest(dfew, "dfew", "--split", "train", "--question", "label")
+    assert {e.question for e in examples} == {QUESTION_LABEL} and examples[0].answer == "happy"
+
+
+def test_missing_clips_are_an_error_or_left_out(dfew, capsys):
+    for clip in (dfew / "set" / "Clip" / "original").glob("*[12345].mp4"):
+        clip.unlink()
+    message = refusal(dfew, "dfew", "--split", "train")
+    assert message.startswith("5 of 7 clips are missing") and "--skip-missing" in message
+    assert message.count(".mp4") == 3 and "00001.mp4, " in message and ", ...;" in message
+
+    assert list(labels(manifest(dfew, "dfew", "--split", "train", "--skip-missing"))) == ["00006.mp4", "00007.mp4"]
+    printed = capsys.readouterr().out
+    assert [line[-9:] for line in printed.splitlines() if line.startswith("missing")] == [f"{n:05d}.mp4" for n in (1, 2, 3, 4, 5)]
+    assert printed.splitlines()[-1].split()[:4] == ["all", "2", "5", "missing"] and "happy" not in printed
+
+
+def test_nothing_left_is_an_error(dfew):
+    for clip in (dfew / "set" / "Clip" / "original").iterdir():
+        clip.unlink()
+    assert "7 clips are listed for dfew, none" in refusal(dfew, "dfew", "--split", "train", "--skip-missing")
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("video_name,label\n1,1\n2,8\n", "set_1.csv: line 3: unknown label '8'; known are 1, 2,"),
+    ("video_name,label\n1\n", "set_1.csv: line 2: should have 2 fields"),
+    ("video_name,label\n1,1,1\n", "set_1.csv: line 2: should have 2 fields"),
+    ("video_name,label\nface.mp4,1\n", "set_1.csv: line 2: video_name 'face.mp4' should be the number"),
+    ("video_name,label\n1,\"1\n2,2\n", "set_1.csv: line 2: unexpected end of data; is a quote missing"),
+    ("order,label\n1,1\n", "set_1.csv: line 1: columns are order,label, should be video_name,label"),
+    ("", "set_1.csv: line 1: columns are missing"),
+])
+def test_malformed_csv(dfew, text, expected):
+    write(dfew / "set" / "EmoLabel_DataSplit" / "train(single-labeled)" / "set_1.csv", text)
+    assert expected in refusal(dfew, "dfew", "--split", "train")
+
+
+# ------------------------------------------------------------------------------------------------ mafw
+
+
+@pytest.fixture
+def mafw(tmp_path):
+    words = ["anger", "disgust", "fear", "happiness", "neutral", "sadness", "surprise", "contempt", "anxiety", "helplessness",
+             "disappointment"]
+    lists = tmp_path / "set" / "Train & Test Set" / "single" / "no_caption" / "set_1"
+    write(lists / "train.txt", "".join(f"{n:05d}.mp4 {word}\n" for n, word in enumerate(words)))
+    write(lists / "test.txt", "00003.mp4 happiness\n\n")
+    touch(*(tmp_path / "set" / "data" / "clips" / f"{n:05d}.mp4" for n in range(len(words))))
+    return tmp_path
+
+
+def test_mafw_maps_all_label_words(mafw):
+    examples = manifest(mafw, "mafw", "--split", "train", "--fold", "1")
+    assert [e.answer for e in examples] == ["angry", "disgust", "fear", "happy", "neutral", "sad", "surprise", "contemptuous",
+                                            "anxious", "helpless", "disappointed"]
+    assert [e.video.name for e in examples] == [f"{n:05d}.mp4" for n in range(11)]
+    assert labels(manifest(mafw, "mafw", "--split", "test")) == {"00003.mp4": "happy"}
+
+
+@pytest.mark.parametrize("line, expected", [
+    ("00001.mp4 joy", "train.txt: line 2: unknown label 'joy'; known are anger,"),
+    ("00001.mp4", "train.txt: line 2: should be like \"00025.mp4 anger\", is '00001.mp4'"),
+    ("00001.mp4 anger fear", "train.txt: line 2: should be like"),
+])
+def test_malformed_list(mafw, line, expected):
+    write(mafw / "set" / "Train & Test Set" / "single" / "no_caption" / "set_1" / "train.txt", f"00000.mp4 anger\n{line}\n")
+    assert expected in refusal(mafw, "mafw", "--split", "train")
+
+
+@pytest.mark.parametrize("name", ["dfew", "mafw"])
+@pytest.mark.parametrize("fold", ["0", "6"])
+def test_wrong_fold(tmp_path, name, fold):
+    (tmp_path / "set").mkdir()
+    assert refusal(tmp_path, name, "--split", "train", "--fold", fold) == f"--fold {fold}: there are folds 1 to 5"
+
+
+# ------------------------------------------------------------------------------------------------ ravdess
+
+
+@pytest.fixture
+def ravdess(tmp_path):
+    """Actors 1, 2, 3 and 24: one clip per emotion with sound and picture, and the same as other kinds."""
+    for actor in (1, 2, 3, 24):
+        folder = tmp_path / "set" / f"Actor_{actor:02d}"
+        for kind in ("01-01", "02-01", "03-01", "01-02"):  # speech; without sound; without picture; song
+            touch(*(folder / f"{kind}-{emotion:02d}-01-01-01-{actor:02d}.mp4" for emotion in range(1, 9)))
+        touch(folder / f"._01-01-01-01-01-01-{actor:02d}.mp4", folder / f"03-01-01-01-01-01-{actor:02d}.wav")
+    return tmp_path
+
+
+def test_ravdess_takes_speech_with_sound_and_picture(ravdess, capsys):
+    examples = manifest(ravdess, "ravdess", "--actors", "2")
+    assert labels(examples) == {f"01-01-{n:02d}-01-01-01-02.mp4": label for n, label in enumerate(
+        ["neutral", "calm", "happy", "sad", "angry", "fear", "disgust", "surprise"], start=1)}
+    assert "Actor_02 holds 8 speech clips with sound, the published one 60" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ((), [1, 2, 3, 24]), (("--actors", "1-3"), [1, 2, 3]), (("--actors", "24,1"), [1, 24]), (("--actors", "2-3,24"), [2, 3, 24]),
+    (("--actors", "1", "3"), [1, 3]),
+])
+def test_ravdess_actors(ravdess, flags, expected):
+    examples = manifest(ravdess, "ravdess", *flags)
+    assert len(examples) == 8 * len(expected)
+    assert [e.video.parent.name for e in examples[::8]] == [f"Actor_{actor:02d}" for actor in expected]
+
+
+def test_ravdess_refuses_actors_that_are_not_there(ravdess):
+    for actors in ("0", "25", "3-1", "1-25", "x", "1-", ""):
+        assert f"--actors {actors}: " in refusal(ravdess, "ravdess", "--actors", actors)
+    assert "has no folder Actor_04" in refusal(ravdess, "ravdess", "--actors", "1-4")
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("01-01-09-01-01-01-01.mp4", "unknown label '09'"), ("01-01-01.mp4", "seven two-digit numbers"),
+    ("01-01-01-01-01-01-02.mp4", "seven two-digit numbers, the last of them 01"),
+])
+def test_ravdess_refuses_other_names(ravdess, name, expected):
+    touch(ravdess / "set" / "Actor_01" / name)
+    message = refusal(ravdess, "ravdess", "--actors", "1")
+    assert f"Actor_01/{name}: " in message and expected in message
+
+
+def test_ravdess_in_the_wrong_folder(tmp_path):
+    (tmp_path / "set").mkdir()
+    assert "holds no folder Actor_01" in refusal(tmp_path, "ravdess")
+
+
+# ------------------------------------------------------------------------------------------------ emer
+
+FIRST = """names,emotions,subtitles,reasons
+sample_1,angry,Go.,"In the video, he said ""go"". He is happy elsewhere."
+sample_2,"['Worried', 'dissatisfied']",,She frowns.
+sample_3,"happy, grateful",Thanks.,She smiles.
+"""
+SECOND = """{},chinese,english
+sample_1,他笑。,He looks sad at first. Therefore he feels joyful.
+sample_2,她生气。,"Her voice is calm, full of Anger."
+sample_3,他说话。,He says that the unhappyish weather is neutral.
+sample_4,她害怕。,She fears nothing; her disappointment shows
+"""
+
+
+@pytest.fixture
+def emer(tmp_path):
+    touch(tmp_path / "set" / "sample_1.mp4", *(tmp_path / "set" / f"sample_{n}.avi" for n in (2, 3, 4)))
+    return tmp_path
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_emer_first_version(emer, encoding):
+    write(emer / "set" / "gt.csv", FIRST, encoding)
+    examples = manifest(emer, "emer")
+    assert labels(examples) == {
+        "sample_1.mp4": "<think>In the video, he said \"go\". He is happy elsewhere.</think>\n<answer>angry</answer>",
+        "sample_2.avi": "<think>She frowns.</think>\n<answer>worried</answer>",
+        "sample_3.avi": "<think>She smiles.</think>\n<answer>happy</answer>"}
+    assert {e.question for e in examples} == {QUESTION_REASONING}
+    assert [e.answer for e in manifest(emer, "emer", "--question", "label")] == ["angry", "worried", "happy"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("column", ["name", "names"])
+def test_emer_second_version(emer, column, encoding, capsys):
+    write(emer / "set" / "gt.csv", SECOND.format(column), encoding)
+    assert labels(manifest(emer, "emer")) == {
+        "sample_1.mp4": "<think>He looks sad at first. Therefore he feels joyful.</think>\n<answer>happy</answer>",
+        "sample_2.avi": "<think>Her voice is calm, full of Anger.</think>\n<answer>angry</answer>",
+        "sample_4.avi": "<think>She fears nothing; her disappointment shows</think>\n<answer>disappointed</answer>"}
+    printed = capsys.readouterr().out
+    assert "1 of 4 entries left out" in printed and "sample_3" in printed
+    assert printed.splitlines()[-1].split()[:2] == ["all", "3"]
+
+
+def test_emer_without_word_or_text_is_left_out(emer, capsys):
+    write(emer / "set" / "gt.csv", "names,emotions,subtitles,reasons\nsample_1,[],,He.\nsample_2,sad,, \nsample_3,sad,,She.\n")
+    assert list(labels(manifest(emer, "emer"))) == ["sample_3.avi"]
+    assert "2 of 3 entries left out, without a text or an emotion word: sample_1, sample_2\n" in capsys.readouterr().out
+
+
+def test_emer_csv_and_clips_elsewhere(emer):
+    table = write(emer / "texts" / "eng.csv", FIRST)
+    (emer / "set").rename(emer / "clips")
+    (emer / "set").mkdir()
+    flags = "emer", "--csv", str(table)
+    message = refusal(emer, *flags)
+    assert message.startswith("3 of 3 clips are missing") and "--videos" in message and "sample_1.mp4" in message
+    examples = manifest(emer, *flags, "--videos", str(emer / "clips"))
+    assert examples[0].video.resolve() == emer.resolve() / "clips" / "sample_1.mp4" and len(examples) == 3
+
+
+def test_emer_refusals(emer):
+    assert "holds 0 csv files; say which one with --csv" in refusal(emer, "emer")
+    assert "none.csv: no such file" in refusal(emer, "emer", "--csv", "none.csv")
+    table = write(emer / "set" / "a.csv", "names,emotions,subtitles,reasons\n ,sad,,He.\n")
+    assert "a.csv: line 2: the clip's name is empty" in refusal(emer, "emer")
+    write(table, "names,emotions\nsample_1,sad\n")
+    assert "a.csv: line 1: columns are names,emotions, should be names,emotions,reasons or name,english" in refusal(emer, "emer")
+    write(table, "names,emotions,subtitles,reasons\nsample_1,sad,,So <answer>sad</answer>\n")
+    assert "sample_1.mp4: its text has <think> or <answer> tags" in refusal(emer, "emer")
+    write(table, SECOND.format("name"), "utf-16")
+    assert "a.csv: not UTF-8 at byte 0" in refusal(emer, "emer")
+    write(emer / "set" / "b.csv", FIRST)
+    assert "holds 2 csv files" in refusal(emer, "emer")
+
+
+# ------------------------------------------------------------------------------------------------ all of them
+
+
+def test_flags_of_other_sets_are_refused_not_ignored(tmp_path):
+    (tmp_path / "set").mkdir()
+    assert refusal(tmp_path, "ravdess", "--split", "train") == "ravdess has no --split; it takes --actors"
+    assert refusal(tmp_path, "mafw", "--split", "test", "--actors", "1") == "mafw has no --actors; it takes --split, --fold"
+    assert refusal(tmp_path, "dfew") == "dfew needs --split"
+
+
+def test_wrong_folders(mafw):
+    with pytest.raises(DataError, match="nowhere: no such folder; --root should be where mafw lies"):
+        prepare.main(["mafw", "--root", str(mafw / "nowhere"), "--out", str(mafw / "m.json"), "--split", "test"])
+    with pytest.raises(DataError, match="is a folder; --out should be"):
+        prepare.main(["mafw", "--root", str(mafw / "set"), "--out", str(mafw), "--split", "test"])
+
+
+def test_paths_are_relative_to_the_manifest_even_through_links(mafw, monkeypatch):
+    """Both folders can be moved together, and a link to the manifest's folder does not lead "../" astray."""
+    (mafw / "deep" / "er").mkdir(parents=True)
+    (mafw / "link").symlink_to(mafw / "deep" / "er", target_is_directory=True)
+    monkeypatch.chdir(mafw)
+    prepare.main(["mafw", "--root", "set", "--out", "link/m.json", "--split", "test"])
+    entries = json.loads((mafw / "deep" / "er" / "m.json").read_text())
+    assert [entry["video"] for entry in entries] == ["../../set/data/clips/00003.mp4"]
+    assert read_manifest("link/m.json")[0].video.is_file()
+
+
+def test_a_failed_write_leaves_the_old_manifest(mafw, monkeypatch):
+    manifest(mafw, "mafw", "--split", "test")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        manifest(mafw, "mafw", "--split", "train")
+    assert len(read_manifest(mafw / "manifests" / "out.json")) == 1
+
+
+def test_adding_a_set_is_one_function(tmp_path, monkeypatch):
+    def mine(root, fold):
+        yield root / "a.mp4", "calm"
+        yield root / "b.mp4", (f"It lies in fold {fold}.", "calm")
+
+    touch(tmp_path / "set" / "a.mp4", tmp_path / "set" / "b.mp4")
+    monkeypatch.setitem(prepare.SETS, "mine", mine)
+    assert refusal(tmp_path, "mine") == "mine needs --fold"
+    answers = [e.answer for e in manifest(tmp_path, "mine", "--fold", "9")]
+    assert answers == ["calm", "<think>It lies in fold 9.</think>\n<answer>calm</answer>"]
+
+
+def test_script_prints_one_line_and_exits_with_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "mafw", "--root", str(tmp_path), "--split", "train", "--out", "m.json"])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(ROOT / "prepare.py"), run_name="__main__")  # a new process would only import torch again
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert "Train & Test Set/single/no_caption/set_1/train.txt: no such file" in error
+
+
+def test_run_lines_of_the_manual_are_valid():
+    lines = [line.split()[1:] for line in prepare.__doc__.splitlines() if line.startswith("    python ")]
+    assert len(lines) == len(prepare.SETS)
+    for script, *flags in lines:
+        args, given = prepare.parse_args(flags)
+        assert script == "prepare.py" and given.keys() <= inspect.signature(prepare.SETS[args.set]).parameters.keys()
