@@ -483,13 +483,9 @@ class HumanOmni(nn.Module):
             if folder and not Path(folder).is_dir():
                 raise CheckpointError(f"{folder}: no such directory (given as --{name})")
             folders[name] = Path(folder or path / name)
-        llm = read_config(path / "config.json")
-        check_config(llm, path / "config.json")
+        llm = read_llm_config(path / "config.json")
         found = find_tensors(path, folders)
-        configs = {"llm": {"tie_word_embeddings": False, **llm}}
-        for name, folder in folders.items():
-            has_config = (folder / "config.json").exists()
-            configs[name] = encoder_config(name, read_config(folder / "config.json") if has_config else None, found, folder)
+        configs = {"llm": llm, **{name: read_encoder_config(name, folder, found) for name, folder in folders.items()}}
 
         with torch.device("meta"):  # shapes only: the tensors that are read become the parameters
             model = cls(configs)
@@ -537,30 +533,57 @@ class CheckpointError(ValueError):
 
 
 # Prefix of a module here -> its prefix in a published file; the first that fits counts.
-PUBLISHED = {
-    "vision_tower.": "model.vision_tower.vision_tower.vision_model.",
-    "audio_tower.": "model.audio_tower.audio_tower.encoder.",
-    "lm_head.": "lm_head.",
-    "": "model.",
-}
-# Prefix of a module here -> the names it may have in a separate directory of that encoder.
-SEPARATE = {
-    "siglip": ("vision_tower.", ["vision_model."]),
-    "whisper": ("audio_tower.", ["model.encoder.", "encoder."]),
-    "bert": ("bert_model.", ["bert.", ""]),
-}
-# In the files, but never run: SigLIP's last layer, final norm and pooling head, BERT's pooler, Whisper's classifier ...
-UNUSED = re.compile(
-    r"model\.vision_tower\.vision_tower\.vision_model\.(head|post_layernorm|encoder\.layers)\..*"
-    r"|model\.audio_tower\.audio_tower\.(projector|classifier)\..*"
-    r"|model\.bert_model\.(pooler\..*|embeddings\.position_ids)"
-    r"|.*\.rotary_emb\.inv_freq|.*\.position_ids")
-ENCODER_OF = {"vision_tower.": "siglip", "audio_tower.": "whisper", "bert_model.": "bert"}
+PUBLISHED = {"vision_tower.": "model.vision_tower.vision_tower.vision_model.",
+             "audio_tower.": "model.audio_tower.audio_tower.encoder.", "lm_head.": "lm_head.", "": "model."}
+# Encoder -> its prefix here, and the prefixes its tensors may have in a directory of its own.
+ENCODERS = {"siglip": ("vision_tower.", ["vision_model."]), "whisper": ("audio_tower.", ["model.encoder.", "encoder."]),
+            "bert": ("bert_model.", ["bert.", ""])}
+# In published files, but never run: SigLIP's last layer, final norm and pooling head, BERT's pooler, Whisper's classifier.
+UNUSED = re.compile(r"model\.vision_tower\.vision_tower\.vision_model\.(head|post_layernorm|encoder\.layers)\..*"
+                    r"|model\.audio_tower\.audio_tower\.(projector|classifier)\..*"
+                    r"|model\.bert_model\.pooler\..*|.*\.position_ids|.*\.rotary_emb\.inv_freq")
+# What else belongs to a checkpoint, in its main folder and those of the encoders.
 COMPANIONS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt",
               "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "preprocessor_config.json")
 
 
+def layer_count(shapes, prefix):
+    return 1 + max(int(name[len(prefix):].split(".")[0]) for name in shapes if name.startswith(prefix))
+
+
+# The sizes each encoder is built from, and how to read them off its tensors' shapes where no config.json has them.
+SIZES = {
+    "siglip": {
+        "hidden_size": lambda s: s["embeddings.patch_embedding.weight"][0],
+        "patch_size": lambda s: s["embeddings.patch_embedding.weight"][2],
+        "image_size": lambda s: s["embeddings.patch_embedding.weight"][2] * math.isqrt(s["embeddings.position_embedding.weight"][0]),
+        "num_hidden_layers": lambda s: layer_count(s, "encoder.layers."),
+        "num_attention_heads": lambda s: s["embeddings.patch_embedding.weight"][0] // 64,
+        "intermediate_size": lambda s: s["encoder.layers.0.mlp.fc1.weight"][0],
+        "layer_norm_eps": lambda s: 1e-6},
+    "whisper": {
+        "d_model": lambda s: s["conv1.weight"][0],
+        "num_mel_bins": lambda s: s["conv1.weight"][1],
+        "max_source_positions": lambda s: s["embed_positions.weight"][0],
+        "encoder_layers": lambda s: layer_count(s, "layers."),
+        "encoder_attention_heads": lambda s: s["conv1.weight"][0] // 64,
+        "encoder_ffn_dim": lambda s: s["layers.0.fc1.weight"][0]},
+    "bert": {
+        "vocab_size": lambda s: s["embeddings.word_embeddings.weight"][0],
+        "hidden_size": lambda s: s["embeddings.word_embeddings.weight"][1],
+        "max_position_embeddings": lambda s: s["embeddings.position_embeddings.weight"][0],
+        "type_vocab_size": lambda s: s["embeddings.token_type_embeddings.weight"][0],
+        "num_hidden_layers": lambda s: layer_count(s, "encoder.layer."),
+        "num_attention_heads": lambda s: s["embeddings.word_embeddings.weight"][1] // 64,
+        "intermediate_size": lambda s: s["encoder.layer.0.intermediate.dense.weight"][0],
+        "layer_norm_eps": lambda s: 1e-12},
+}
+LLM_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "rms_norm_eps",
+             "rope_theta", "vocab_size")
+
+
 def published_name(key):
+    """Name of a tensor here -> its name in a published file."""
     prefix = next(prefix for prefix in PUBLISHED if key.startswith(prefix))
     return PUBLISHED[prefix] + key[len(prefix):]
 
@@ -571,31 +594,51 @@ def read_config(path):
     except FileNotFoundError:
         raise CheckpointError(f"{path}: not found; a checkpoint directory holds config.json, model.safetensors and a tokenizer") from None
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); download it again") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(config).__name__}")
     return config
 
 
-def check_config(config, path):
-    """The keys and values that say: this is an architecture this file implements."""
-    expected = {"model_type": "HumanOmni_qwen2", "mm_projector_type": "all_in_one_small", "mm_audio_projector_type": "mlp2x_gelu"}
-    for key, value in expected.items():
+def require_numbers(config, keys, path):
+    bad = [f"{key} is {config.get(key)!r}" for key in keys
+           if isinstance(config.get(key), bool) or not isinstance(config.get(key), (int, float)) or config[key] <= 0]
+    if bad:
+        raise CheckpointError(f"{path}: {', '.join(bad)}; expected positive numbers")
+
+
+def read_llm_config(path):
+    """config.json of the checkpoint, if it is of the architecture that this file implements."""
+    config = {"tie_word_embeddings": False, **read_config(path)}
+    for key, value in {"model_type": "HumanOmni_qwen2", "mm_projector_type": "all_in_one_small", "mm_audio_projector_type": "mlp2x_gelu"}.items():
         if config.get(key) != value:
-            raise CheckpointError(f"{path}: {key} is {config.get(key)!r}, this model is {value!r}")
-    numbers = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-               "rms_norm_eps", "rope_theta", "vocab_size")
-    for key in numbers:
-        value = config.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            raise CheckpointError(f"{path}: {key} is {value!r}, expected a positive number")
+            raise CheckpointError(f"{path}: {key} is {config.get(key)!r}, this model's is {value!r}")
+    require_numbers(config, LLM_SIZES, path)
     D, heads, kv_heads = (config[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
     if D % heads or heads % kv_heads:
-        raise CheckpointError(f"{path}: hidden_size {D}, num_attention_heads {heads} and num_key_value_heads {kv_heads} must divide")
+        raise CheckpointError(f"{path}: hidden_size {D}, num_attention_heads {heads}, num_key_value_heads {kv_heads} must divide")
+    return config
+
+
+def read_encoder_config(name, folder, found):
+    """An encoder's config.json; sizes it does not state come from the shapes of its tensors (heads: width / 64)."""
+    file, ours = folder / "config.json", ENCODERS[name][0]
+    config = read_config(file) if file.exists() else {}
+    config = dict(config.get("vision_config", config))  # a dual encoder's file: the vision half, without its default values
+    shapes = {key[len(ours):]: shape for key, (_, _, shape) in found.items() if key.startswith(ours)}
+    for key, from_shapes in SIZES[name].items():
+        if key not in config:
+            try:
+                config[key] = from_shapes(shapes)
+            except (KeyError, ValueError, IndexError):
+                raise CheckpointError(f"{folder}: neither a config.json nor tensors tell the {name} encoder's {key}; "
+                                      f"name its directory with --{name} DIR") from None
+    require_numbers(config, SIZES[name], file)
+    return config
 
 
 def open_tensors(file):
-    """A safetensors file opened lazily; what is not one is named. Pickles are never opened."""
+    """A safetensors file, opened lazily; what is not one is named. Pickles are never opened."""
     try:
         return safe_open(file, "pt")
     except FileNotFoundError:
@@ -609,108 +652,60 @@ def open_tensors(file):
 
 
 def tensor_files(folder):
+    """The safetensors files of a directory: one, or the shards that its index names."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return [folder / "model.safetensors"]
     weight_map = read_config(index).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{index}: has no weight_map")
+        raise CheckpointError(f"{index}: has no weight_map; download it again")
     return sorted({folder / str(name) for name in weight_map.values()})
 
 
 def find_tensors(path, folders):
     """All tensors of the checkpoint and of the encoders' directories: our key -> (file, name in it, shape).
 
-    The checkpoint wins; a directory supplies only what the checkpoint lacks. Keys under "?" are the checkpoint's
-    own names that are nothing of ours."""
-    found = {}
-    inverse = [(theirs, ours) for ours, theirs in PUBLISHED.items()]
-    for file in tensor_files(path):
-        tensors = open_tensors(file)
-        for name in tensors.keys():
-            key = next((ours + name[len(theirs):] for theirs, ours in inverse if name.startswith(theirs)), "?" + name)
-            found[key] = (file, name, tuple(tensors.get_slice(name).get_shape()))
-    for encoder, folder in folders.items():
-        ours, prefixes = SEPARATE[encoder]
-        files = tensor_files(folder) if folder.exists() else []
+    The checkpoint wins; a directory supplies only what the checkpoint lacks. The checkpoint's names that are nothing
+    of ours stand under "?" + name."""
+    def tensors(files):
         for file in files:
-            if folder == path / encoder and not file.exists():
-                continue  # the checkpoint's own folder may hold a configuration alone
-            tensors = open_tensors(file)
-            for name in tensors.keys():
-                # A dual encoder's text half, a decoder, ... do not start with the prefix of the half that is used.
-                prefix = next((p for p in prefixes if name.startswith(p)), None)
-                if prefix is not None:
-                    rest = name[len(prefix):].replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-                    found.setdefault(ours + rest, (file, name, tuple(tensors.get_slice(name).get_shape())))
+            content = open_tensors(file)
+            for name in content.keys():
+                yield name, (file, name, tuple(content.get_slice(name).get_shape()))
+
+    found = {}
+    for name, where in tensors(tensor_files(path)):
+        ours = next((ours + name[len(theirs):] for ours, theirs in PUBLISHED.items() if name.startswith(theirs)), "?" + name)
+        found[ours] = where
+    for encoder, folder in folders.items():
+        if folder == path / encoder and not any(file.exists() for file in tensor_files(folder)):
+            continue  # the checkpoint's own folder may hold a configuration alone
+        ours, prefixes = ENCODERS[encoder]
+        for name, where in tensors(tensor_files(folder)):
+            # A dual encoder's text half, a decoder and the like do not start with the prefix of what is used.
+            prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+            if prefix is not None:
+                name = name[len(prefix):].replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+                found.setdefault(ours + name, where)
     return found
-
-
-def encoder_config(name, config, found, folder):
-    """An encoder's sizes: from its config.json, else from the shapes of its tensors (heads = width / 64)."""
-    ours = SEPARATE[name][0]
-    keys = {  # the keys the networks read
-        "siglip": ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size", "layer_norm_eps"),
-        "whisper": ("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "num_mel_bins", "max_source_positions"),
-        "bert": ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
-                 "max_position_embeddings", "type_vocab_size", "layer_norm_eps"),
-    }[name]
-    if config is None:
-        config = {}
-    if name == "siglip":  # a dual encoder's file nests the vision half, and leaves out what has its default value
-        config = config.get("vision_config", config)
-        if config:
-            config = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
-                      "image_size": 224, "patch_size": 16, "layer_norm_eps": 1e-6, **config}
-    if not config:
-        def shape(key, axis=0):
-            if ours + key not in found:
-                raise CheckpointError(f"{folder}: neither a config.json nor tensors of the {name} encoder were found; "
-                                      f"name its directory with --{name} DIR")
-            return found[ours + key][2][axis]
-
-        def layers(pattern):
-            return 1 + max(int(m[1]) for m in (re.match(re.escape(ours) + pattern, key) for key in found) if m)
-
-        if name == "siglip":
-            width, patch = shape("embeddings.patch_embedding.weight"), shape("embeddings.patch_embedding.weight", 2)
-            config = dict(model_type="siglip_vision_model", hidden_size=width, num_attention_heads=width // 64, patch_size=patch,
-                          image_size=patch * math.isqrt(shape("embeddings.position_embedding.weight")),
-                          num_hidden_layers=layers(r"encoder\.layers\.(\d+)\."),
-                          intermediate_size=shape("encoder.layers.0.mlp.fc1.weight"), layer_norm_eps=1e-6)
-        elif name == "whisper":
-            width = shape("conv1.weight")
-            config = dict(model_type="whisper", d_model=width, encoder_attention_heads=width // 64, num_mel_bins=shape("conv1.weight", 1),
-                          encoder_layers=layers(r"layers\.(\d+)\."), encoder_ffn_dim=shape("layers.0.fc1.weight"),
-                          max_source_positions=shape("embed_positions.weight"))
-        else:
-            vocabulary, width = (shape("embeddings.word_embeddings.weight", axis) for axis in (0, 1))
-            config = dict(model_type="bert", hidden_size=width, num_attention_heads=width // 64, vocab_size=vocabulary,
-                          num_hidden_layers=layers(r"encoder\.layer\.(\d+)\."), layer_norm_eps=1e-12,
-                          intermediate_size=shape("encoder.layer.0.intermediate.dense.weight"),
-                          max_position_embeddings=shape("embeddings.position_embeddings.weight"),
-                          type_vocab_size=shape("embeddings.token_type_embeddings.weight"))
-    bad = [key for key in keys if isinstance(config.get(key), bool) or not isinstance(config.get(key), (int, float)) or config[key] <= 0]
-    if bad:
-        raise CheckpointError(f"{folder / 'config.json'}: no usable number for {', '.join(bad)}")
-    return config
 
 
 def check_tensors(wanted, found, path, tied):
     """One error with all that is missing, mis-shaped or unknown, and the flag that mends it."""
     missing = [key for key in wanted if key not in found]
-    misshaped = [f"{found[key][1]} in {found[key][0]} is {found[key][2]}, expected {shape}"
-                 for key, shape in wanted.items() if key in found and found[key][2] != shape]
-    unknown = [name for key, (file, name, _) in found.items()
-               if key not in wanted and file.parent == path and not UNUSED.fullmatch(name) and not (tied and key == "lm_head.weight")]
     problems = []
-    for prefix, encoder in {**ENCODER_OF, "": None}.items():
+    for encoder, (prefix, _) in {**ENCODERS, "": ("", None)}.items():
         group = [key for key in missing if key.startswith(prefix)]
         missing = [key for key in missing if key not in group]
         if group:
             hint = f"; name a directory that has them with --{encoder} DIR" if encoder else ""
             problems.append(f"{len(group)} missing tensors, such as {published_name(group[0])}{hint}")
-    problems += [f"mis-shaped: {text}" for text in misshaped[:5]]
+    misshaped = [f"{found[key][1]} in {found[key][0]} is {found[key][2]}, expected {shape}"
+                 for key, shape in wanted.items() if key in found and found[key][2] != shape]
+    if misshaped:
+        problems.append(f"{len(misshaped)} mis-shaped tensors, such as {misshaped[0]}")
+    unknown = [name for key, (file, name, _) in found.items()
+               if key not in wanted and file.parent == path and not UNUSED.fullmatch(name) and not (tied and key == "lm_head.weight")]
     if unknown:
         problems.append(f"{len(unknown)} unknown tensors, such as {unknown[0]}")
     if problems:

@@ -259,7 +259,8 @@ def main(argv=None):
         model, tokenizer, bert = load(replace(config, model=out / "best", siglip="", whisper="", bert=""))
     after = test_all("after")
     (out / "results.json").write_text(json.dumps({"config": asdict(config), "before": before, "after": after}, indent=1, default=str) + "\n")
-    print(f"\n{'':10}{'':8}{'WAR':>8}{'UAR':>8}{'format':>8}{'length':>8}")
+    if tests:
+        print(f"\n{'':10}{'':8}{'WAR':>8}{'UAR':>8}{'format':>8}{'length':>8}")
     for name in tests:
         for when, results in (("before", before), ("after", after)):
             r = results[name]
