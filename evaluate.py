@@ -106,6 +106,17 @@ def load(config, dtype=torch.float32):
     return model, Tokenizer(config.model), BertTokenizer(encoders["bert"] or config.model)
 
 
+def make_room(out):
+    """An output folder that is not there yet; what an earlier run left is kept under a number."""
+    out = Path(out)
+    if out.exists() and any(out.iterdir()):
+        number = next(n for n in range(1, 10_000) if not out.with_name(f"{out.name}.{n}").exists())
+        kept = out.rename(out.with_name(f"{out.name}.{number}"))
+        print(f"{out} is kept as {kept}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out
+
+
 def compute_dtype(model):
     """bf16 arithmetic over float32 weights where the device is fast at it; a context manager."""
     return torch.autocast("cuda", torch.bfloat16) if model.device.type == "cuda" else nullcontext()

@@ -504,7 +504,9 @@ class HumanOmni(nn.Module):
         """Write a directory that loads alone, under the published names. dtype: of the tensors, None as held.
 
         It is written beside `path` and renamed when complete, so that a crash leaves the old one whole."""
-        path = Path(path)
+        path = Path(path).absolute()
+        if path.exists() and any(path.iterdir()) and not (path / "config.json").exists():
+            raise CheckpointError(f"{path}: exists and is not a checkpoint, so it is not replaced; choose another directory")
         temporary = path.with_name(path.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)

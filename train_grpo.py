@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 import toy
 from data import DataError, batches
-from evaluate import (Common, clips_of, compute_dtype, decode, encode_clips, evaluate, flag, load, parse_flags, prompts_of,
-                      read_examples, run, score)
+from evaluate import (Common, clips_of, compute_dtype, decode, encode_clips, evaluate, flag, load, make_room, parse_flags,
+                      prompts_of, read_examples, run, score)
 from generate import sample
 from grpo import completion_logps, completion_mask, group_advantages, grpo_loss
 from rewards import accuracy_reward, extract_answer, format_reward
@@ -130,8 +130,6 @@ def main(argv=None):
         config.test = config.test or (clips["test"], clips["test_ood"])
     if not config.data:
         raise DataError("needs --data MANIFEST with --model")
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
 
     # Set-up: the policy holds float32 master weights; the reference shares the frozen towers and BERT with it.
     model, tokenizer, bert = load(config)
@@ -145,6 +143,8 @@ def main(argv=None):
     examples = read_examples(config.data, config)
     val = read_examples(config.val, config) if config.val else []
     tests = {Path(path).stem: read_examples([path], config) for path in config.test}
+    out = make_room(config.out)
+    out.mkdir(exist_ok=True)
     skip_log = out / "skipped.txt" if config.on_bad_clip == "skip" else None
     evaluation = dict(fit=config.fit, max_new_tokens=config.max_new_tokens, workers=config.workers)
 

@@ -21,7 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import DataError, batches
-from evaluate import Common, clips_of, compute_dtype, encode_clips, flag, load, parse_flags, question_inputs, read_examples, run
+from evaluate import (Common, clips_of, compute_dtype, encode_clips, flag, load, make_room, parse_flags, question_inputs,
+                      read_examples, run)
 from grpo import token_logps
 
 
@@ -115,8 +116,9 @@ def main(argv=None):
     if not config.model or not config.data:
         raise DataError("needs --model DIR and --data MANIFEST")
     model, tokenizer, bert = load(config)
-    metrics = list(train(config, model, tokenizer, bert, read_examples(config.data, config)))
-    out = Path(config.out)
+    examples = read_examples(config.data, config)
+    metrics = list(train(config, model, tokenizer, bert, examples))
+    out = make_room(config.out)
     model.save_pretrained(out, getattr(torch, config.save_dtype))
     (out / "metrics.jsonl").write_text("".join(json.dumps(line, default=str) + "\n" for line in [asdict(config), *metrics]))
     print(f"loss {metrics[0]['loss']:.3f} -> {metrics[-1]['loss']:.3f}; checkpoint in {out}")

@@ -118,6 +118,11 @@ def test_saving_replaces_a_checkpoint_whole_and_casts(model, tmp_path):
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["saved"]  # no temporary left behind
     HumanOmni.from_pretrained(tmp_path / "saved")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        model.save_pretrained(tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
 @torch.no_grad()

@@ -97,6 +97,15 @@ def test_grpo_with_the_same_seed_is_the_same_run(manifest, tmp_path):
     assert runs[0] == runs[1]
 
 
+def test_an_earlier_run_is_kept(tmp_path, capsys):
+    out = tmp_path / "run"
+    for content in ("first", "second", "third"):
+        evaluate.make_room(out).mkdir()
+        (out / "metrics.jsonl").write_text(content)
+    assert [(tmp_path / name / "metrics.jsonl").read_text() for name in ("run.1", "run.2", "run")] == ["first", "second", "third"]
+    assert "is kept as" in capsys.readouterr().out
+
+
 def test_a_model_that_differs_between_rollout_and_scoring_stops_the_run():
     logps, mask = torch.randn(2, 3, 4) - 3, torch.ones(2, 3, 4, dtype=torch.bool)
     train_grpo.assert_same_model(logps, logps + 1e-5, mask, "a and b")
