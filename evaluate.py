@@ -143,7 +143,7 @@ def clips_of(model, examples, fit):
 
 
 def encode_clips(model, clips):
-    """A batch from `data.batches` -> tower features (B, T, N, width) and (B, A, width); None for an absent medium."""
+    """A batch from `data.batches` -> tower features (B, T, N, width) and (B, A/3, width); None for an absent medium."""
     def stack(key):
         if any(clip[key] is None for clip in clips):
             if any(clip[key] is not None for clip in clips):

@@ -6,10 +6,9 @@
     prompt ids ---------------------------------------------------> text embeddings +
 
     model = HumanOmni.from_pretrained("path/to/R1-Omni-0.5B")
-    video, audio = model.encode(pixel_values, input_features)          # frozen towers: once per clip
-    weights = model.branch_weights(bert_ids, bert_mask)                # once per question
-    prompt = model.embed_prompt(ids, model.video_tokens(video, weights), model.audio_tokens(audio))
-    logits = model.logits(model(prompt))
+    video, audio = model.encode(pixel_values, input_features)                     # frozen towers: once per clip
+    prompt, = model.embed_prompts([prompt_ids], video, audio, bert_ids, bert_mask)   # (P, D)
+    logits = model.logits(model(prompt[None]))                                      # (1, P, V)
 
 Module names are those of the published checkpoints, so `state_dict()` differs from a file on disk by
 prefixes alone. One forward of the language model serves prefill, decoding, scoring and the reference:
@@ -20,6 +19,7 @@ N patches per frame · A audio positions · D width of the language model · V v
 This file needs torch, safetensors and the standard library, nothing else.
 """
 
+import copy
 import json
 import math
 import os
@@ -34,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
 
 VIDEO_TOKEN, AUDIO_TOKEN = -201, -202  # placeholders in prompt ids
 GATE_WIDTH = 3584  # fixed in the published model at every size
@@ -277,7 +278,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         x32 = x.float()  # squares of bf16 activations lose too much
-        return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        normed = (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return (self.weight * normed).to(x.dtype)  # float32 master weights do not widen a bf16 stream
 
 
 def rotate(x, rope):
@@ -354,6 +356,11 @@ class DecoderLayer(nn.Module):
 # The omni model
 
 
+def pool_audio(features):
+    """(B, A, width) -> (B, A/3, width), the mean of three neighbours."""
+    return F.avg_pool1d(features.transpose(1, 2), AUDIO_POOL).transpose(1, 2)
+
+
 class HumanOmni(nn.Module):
     """configs: the dictionaries of config.json ("llm") and of the three encoders ("siglip", "whisper", "bert"),
     with the keys of their Hugging Face files."""
@@ -373,7 +380,19 @@ class HumanOmni(nn.Module):
         self.embed_tokens = nn.Embedding(c["vocab_size"], D)
         self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c["num_hidden_layers"]))
         self.norm = RMSNorm(D, c["rms_norm_eps"])
+        self.gradient_checkpointing = False
         self.lm_head = None if c["tie_word_embeddings"] else nn.Linear(D, c["vocab_size"], bias=False)
+
+    def trainable_copy(self, dtype):
+        """A frozen copy, in another type maybe, of what trains; towers and BERT are shared with it, not copied.
+
+        For the GRPO reference and for sampling."""
+        shared = (self.vision_tower, self.audio_tower, self.bert_model)
+        twin = copy.deepcopy(self, {id(tower): tower for tower in shared})  # deepcopy leaves alone what it "has copied"
+        for child in twin.children():
+            if child not in shared:
+                child.requires_grad_(False).to(dtype)
+        return twin
 
     @property
     def device(self):
@@ -382,13 +401,13 @@ class HumanOmni(nn.Module):
     def encode(self, pixel_values, input_features):
         """Both towers, once per clip, without gradient unless a tower trains.
 
-        (B, T, 3, H, W) and (B, mels, 2*A), either None -> (B, T, N, width) and (B, A, width), or None."""
+        (B, T, 3, H, W) and (B, mels, 2*A), either None -> (B, T, N, width) and, pooled, (B, A/3, width), or None."""
         video = audio = None
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.vision_tower.embeddings.patch_embedding.weight.requires_grad):
             if pixel_values is not None:
                 video = self.vision_tower(pixel_values.flatten(0, 1)).unflatten(0, pixel_values.shape[:2])
             if input_features is not None:
-                audio = self.audio_tower(input_features)
+                audio = pool_audio(self.audio_tower(input_features))
         return video, audio
 
     def branch_weights(self, input_ids, attention_mask):
@@ -402,8 +421,7 @@ class HumanOmni(nn.Module):
 
     def audio_tokens(self, features):
         """(B, A, width) -> (B, A/3, D)."""
-        pooled = F.avg_pool1d(features.transpose(1, 2), AUDIO_POOL).transpose(1, 2)
-        return self.audio_projector(pooled)
+        return self.audio_projector(pool_audio(features))
 
     def embed_prompt(self, prompt_ids, video_tokens=None, audio_tokens=None):
         """(B, L) ids, one -201 / -202 per row where the video (B, n, D) / audio (B, m, D) tokens go -> (B, P, D).
@@ -428,12 +446,12 @@ class HumanOmni(nn.Module):
     def embed_prompts(self, prompt_ids, video, audio, question_ids, question_mask):
         """The whole way from tower features to embedded prompts, with gradient into projectors, gate and embedding.
 
-        prompt_ids: B lists of ids, of unequal length maybe; video (B, T, N, width) and audio (B, A, width) from
+        prompt_ids: B lists of ids, of unequal length maybe; video (B, T, N, width) and audio (B, A/3, width) from
         `encode`, or None; question_ids, question_mask (B, L) for BERT -> list of B tensors (P_i, D)."""
         if video is not None:
             video = self.video_tokens(video, self.branch_weights(question_ids, question_mask))
         if audio is not None:
-            audio = self.audio_tokens(audio)
+            audio = self.audio_projector(audio)
         return [self.embed_prompt(torch.tensor([ids], device=self.device),
                                   None if video is None else video[b:b + 1], None if audio is None else audio[b:b + 1])[0]
                 for b, ids in enumerate(prompt_ids)]
@@ -450,8 +468,14 @@ class HumanOmni(nn.Module):
             positions = torch.arange(start, start + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         rope = self.rope(positions)
         x, kv = inputs_embeds, []
+        if torch.is_autocast_enabled(x.device.type):  # float32 weights, bf16 arithmetic: the residual stream too
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         for i, layer in enumerate(self.layers):
-            x, layer_kv = layer(x, rope, past[i] if past else None)
+            arguments = (x, rope, past[i] if past else None)
+            if self.gradient_checkpointing and torch.is_grad_enabled():  # keep the layer's input only, run it again in backward
+                x, layer_kv = checkpoint(layer, *arguments, use_reentrant=False)
+            else:
+                x, layer_kv = layer(*arguments)
             if return_kv:
                 kv.append(layer_kv)
         x = self.norm(x)

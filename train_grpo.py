@@ -17,7 +17,6 @@ Writes to --out: last/ and best/ (checkpoints in the published layout; best by -
 results.json. Every metric is explained in the README.
 """
 
-import copy
 import json
 import math
 import time
@@ -32,7 +31,7 @@ import toy
 from data import DataError, batches
 from evaluate import (Common, clips_of, compute_dtype, decode, encode_clips, evaluate, flag, load, make_room, parse_flags,
                       prompts_of, read_examples, run, score)
-from generate import sample
+from generate import Sampler
 from grpo import completion_logps, completion_mask, group_advantages, grpo_loss
 from rewards import accuracy_reward, extract_answer, format_reward
 from train_sft import data_order, set_trainable
@@ -69,6 +68,7 @@ class Config(Common):
     clip_eps: float = flag(0.2, "PPO clip of the probability ratio, felt from the second step per rollout on")
     updates_per_rollout: int = flag(1, "optimizer steps per rollout")
     clip_norm: float = flag(1.0, "largest gradient norm")
+    gradient_checkpointing: bool = flag(False, "keep less for the backward pass and compute it again: slower, smaller")
     # what is shown and kept
     val_every: int = flag(20, "updates between evaluations on --val")
     show_every: int = flag(10, "updates between printed samples; 0: none")
@@ -88,6 +88,21 @@ def assert_same_model(a, b, mask, what):
     if not gap <= TOLERANCE[dtype]:
         raise RuntimeError(f"the first update's log-probabilities of {what} differ by {gap:.2e} per token on average "
                            f"(tolerance for {dtype}: {TOLERANCE[dtype]}): they are not the same model")
+
+
+class Phases:
+    """Seconds that an update spends in each of its parts."""
+
+    def __init__(self, device):
+        self.device, self.seconds, self.start = device, {}, time.perf_counter()
+
+    def end(self, phase):
+        """What happened since the last call was `phase`; a phase that returns adds up."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # six times an update; otherwise the time would show up in a later phase
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.start
+        self.start = now
 
 
 def show(example, texts, rewards, advantages, update):
@@ -135,11 +150,13 @@ def main(argv=None):
     model, tokenizer, bert = load(config)
     device = model.device
     parameters = set_trainable(model)
-    reference = None
-    if config.beta:
-        towers = (model.vision_tower, model.audio_tower, model.bert_model)
-        reference = copy.deepcopy(model, {id(tower): tower for tower in towers}).requires_grad_(False)
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0)
+    model.gradient_checkpointing = config.gradient_checkpointing
+    on_gpu = device.type == "cuda"
+    compute = torch.bfloat16 if on_gpu else torch.float32
+    reference = model.trainable_copy(compute) if config.beta else None
+    working_copy = model.trainable_copy(compute) if on_gpu else None  # what is sampled from; on a CPU the policy itself
+    sampler = None
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
     examples = read_examples(config.data, config)
     val = read_examples(config.val, config) if config.val else []
     tests = {Path(path).stem: read_examples([path], config) for path in config.test}
@@ -160,8 +177,12 @@ def main(argv=None):
     with open(out / "metrics.jsonl", "w", encoding="utf-8") as metrics_file:
         metrics_file.write(json.dumps({"config": asdict(config)}, default=str) + "\n")
         progress = tqdm(total=config.updates, desc="grpo", unit="update")
-        for update, clips in enumerate(clips_ahead, start=1):
-            clock = time.perf_counter()
+        for update in range(1, config.updates + 1):
+            phases = Phases(device)
+            clips = next(clips_ahead, None)
+            if clips is None:  # bad clips were left out at the very end
+                break
+            phases.end("data")
             batch = [examples[clip["index"]] for clip in clips]
             B, G = len(batch), config.group
 
@@ -169,15 +190,21 @@ def main(argv=None):
             with torch.no_grad(), compute_dtype(model):
                 video, audio = encode_clips(model, clips)
             features = [[None if medium is None else medium[b:b + 1] for medium in (video, audio)] for b in range(B)]
+            phases.end("encode")
 
             # 1. Sample: B x G completions in one go.
             with torch.no_grad(), compute_dtype(model):
                 prompts = prompts_of(model, tokenizer, bert, batch, (video, audio))
-                ids, sampled_logps = sample(model, prompts, G, config.max_new_tokens, eos_token_id=tokenizer.eos_token_id,
-                                            seed=config.seed * 1_000_003 + update)
+                longest = max(map(len, prompts))
+                if sampler is None or longest > sampler.P:  # its buffers are the largest thing: made first, and once
+                    sampler = Sampler(model, config.prompts, G, 64 * math.ceil(longest / 64), config.max_new_tokens,
+                                      eos_token_id=tokenizer.eos_token_id, copy=working_copy, compiled=on_gpu)
+                    sampler.warm_up()
+                sampler.refresh()
+                ids, sampled_logps = sampler(prompts, seed=config.seed * 1_000_003 + update)
             C = ids.shape[-1]
             mask = completion_mask(ids.flatten(0, 1), tokenizer.eos_token_id).view(B, G, C)
-            rolled_out = time.perf_counter()
+            phases.end("rollout")
 
             # 2. Reward.
             decoded = [[decode(tokenizer, row) for row in group] for group in ids.cpu()]
@@ -197,6 +224,7 @@ def main(argv=None):
             with torch.no_grad(), compute_dtype(model):
                 ref_logps = [score_group(reference, b) for b in range(B)] if reference else [None] * B
                 old_logps = [score_group(model, b) for b in range(B)] if config.updates_per_rollout > 1 or update == 1 else [None] * B
+            phases.end("score")
             if update == 1:
                 assert_same_model(torch.stack(old_logps), sampled_logps, mask, "rollout and scoring")
                 if reference:
@@ -221,19 +249,22 @@ def main(argv=None):
                     loss.backward()
                     for name, value in {"loss": loss.detach(), **parts}.items():
                         line[name] = line.get(name, 0.0) + value.item()
+                phases.end("backward")
                 line["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm).item()
                 optimizer.step()
                 optimizer.zero_grad()
+                phases.end("optimizer")
 
             # Log the whole update.
-            seconds, tokens = time.perf_counter() - clock, int(mask.sum())
+            seconds, tokens = sum(phases.seconds.values()), int(mask.sum())
             line = {"update": update, "reward": total.mean().item(),
                     **{f"reward_{name}": value.mean().item() for name, value in rewards.items()},
                     **line, "completion_length": tokens / (B * G),
                     "truncated": sum(not ended for group in decoded for _, ended in group) / (B * G),
-                    "zero_spread": (total.std(dim=1) == 0).float().mean().item(), "lr": lr, "seconds": seconds,
-                    "seconds_rollout": rolled_out - clock, "tokens_per_second": tokens / seconds}
-            if device.type == "cuda":
+                    "zero_spread": (total.std(dim=1) == 0).float().mean().item(), "lr": lr,
+                    "seconds": seconds, **{f"seconds_{phase}": value for phase, value in phases.seconds.items()},
+                    "tokens_per_second": tokens / seconds}
+            if on_gpu:
                 line["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             if config.show_every and (update % config.show_every == 0 or update == 1):
                 b = int(total.std(dim=1).argmax())  # the group that teaches most

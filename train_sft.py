@@ -46,9 +46,12 @@ class Config(Common):
 
 def set_trainable(model, towers=False):
     """Freeze BERT, and the towers unless they are to train; returns the parameters that train."""
-    frozen = ("bert_model.",) if towers else ("bert_model.", "vision_tower.", "audio_tower.")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.startswith(frozen))
+    frozen = [model.bert_model] if towers else [model.bert_model, model.vision_tower, model.audio_tower]
+    model.requires_grad_(True)
+    for encoder in frozen:
+        encoder.requires_grad_(False)
+        if model.device.type == "cuda":
+            encoder.to(torch.bfloat16)  # float32 is for what takes small steps
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -81,7 +84,7 @@ def cosine(step, steps, warmup=0.03):
 def train(config, model, tokenizer, bert, examples):
     """The loop; yields a dict of metrics after each optimizer step."""
     parameters = set_trainable(model, config.train_towers)
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
     epochs = config.epochs if not config.steps else config.steps * config.batch_size / len(examples)
     order = data_order(len(examples), epochs, config.seed)
     steps = math.ceil(len(order) / config.batch_size)

@@ -38,9 +38,9 @@ def grpo_expected():
 def prompts(model, expected):
     """(2, P, D): the two golden prompts, embedded."""
     with torch.no_grad():
-        video, audio = model.encode(expected["pixel_values"], expected["input_features"])
-        weights = model.branch_weights(expected["bert_input_ids"], expected["bert_attention_mask"])
-        return model.embed_prompt(expected["prompt_ids"], model.video_tokens(video, weights), model.audio_tokens(audio))
+        features = model.encode(expected["pixel_values"], expected["input_features"])
+        return torch.stack(model.embed_prompts(expected["prompt_ids"].tolist(), *features, expected["bert_input_ids"],
+                                               expected["bert_attention_mask"]))
 
 
 def relative_error(value, reference):

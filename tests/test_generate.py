@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from generate import draw, generate, sample
+from generate import Sampler, draw, generate, sample
 from grpo import completion_logps, completion_mask
 
 
@@ -105,3 +105,91 @@ def test_one_new_token(model, prompts):
 def test_wrong_arguments_are_named(model, prompts, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         generate(model, prompts, **wrong)
+
+
+# --- the sampler that a training run keeps
+
+
+def test_compaction_changes_no_row(model, prompts):
+    """Rows of one prompt end at different steps, most of them early: the batch halves, and halves again, on the way."""
+    eos, P = 7, prompts.shape[1]
+    torch.manual_seed(0)
+    halvings = []
+
+    class Counting(Sampler):
+        def _compact(self, G):
+            halved = super()._compact(G)
+            halvings.append(halved)
+            return halved
+
+    counting = Counting(model, 2, 8, P, 40, eos_token_id=eos, temperature=0)
+    # Greedy rows are all equal, so the rows are ended by hand: as if each had drawn EOS at a step of its own.
+    ends = torch.tensor([[3, 3, 3, 3, 3, 3, 3, 38], [2, 5, 4, 3, 2, 9, 17, 30]]).flatten()
+    decode = counting._decode
+
+    def ending(R):
+        finished = (counting.step >= ends[counting.row[:R]])
+        counting.logits[:R, eos] = torch.where(finished, torch.inf, -torch.inf)
+        decode(R)
+
+    counting._decode = ending
+    ids, logps = counting(list(prompts))
+    assert set(halvings) >= {8, 4, 2, 1}
+    reference = generate(model, prompts, max_new_tokens=40, temperature=0)[:, 0]  # without any end
+    reference = reference.repeat_interleave(8, 0)
+    for row, end, expected in zip(ids.flatten(0, 1), ends, reference):
+        if eos not in expected[:end]:
+            assert row[:end].tolist() == expected[:end].tolist()
+        assert (row[end:] == eos).all()
+    assert ids.shape[-1] == 39
+
+
+def test_a_sampler_is_used_again_with_other_prompts_and_fewer(model, prompts):
+    sampler = Sampler(model, 3, 2, prompts.shape[1] + 5, 9)
+    for some in ([prompts[0], prompts[1][:50]], [prompts[1][:20]], [prompts[0][:7], prompts[1], prompts[0]]):
+        ids, logps = sampler(some, seed=5)
+        assert ids.shape == (len(some), 2, 9)
+        for prompt, rows, sampled in zip(some, ids, logps):  # what an earlier call left in the buffers has no influence
+            assert torch.allclose(sampled, completion_logps(model, prompt, rows), atol=1e-4)
+    with pytest.raises(ValueError, match="made for 3"):
+        sampler([prompts[0]] * 4)
+
+
+def test_refresh_brings_new_weights_into_the_working_copy_in_place(model, prompts):
+    working = model.trainable_copy(torch.float32)
+    sampler = Sampler(model, 2, 1, prompts.shape[1], 8, temperature=0, copy=working)
+    addresses = [p.data_ptr() for p in working.parameters()]
+    old, _ = sampler(prompts)
+    with torch.no_grad():
+        for parameter in model.layers.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    assert torch.equal(sampler(prompts)[0], old)  # not yet
+    sampler.refresh()
+    new, _ = sampler(prompts)
+    assert not torch.equal(new, old) and torch.equal(new, generate(model, prompts, max_new_tokens=8, temperature=0))
+    assert [p.data_ptr() for p in working.parameters()] == addresses
+
+
+def test_a_bf16_copy_samples_almost_the_same_distribution(model, prompts):
+    sampler = Sampler(model, 2, 4, prompts.shape[1], 8, copy=model.trainable_copy(torch.bfloat16))
+    assert sampler.dtype == torch.bfloat16 and sampler.logps.dtype == torch.float32
+    ids, logps = sampler(prompts, seed=0)
+    for prompt, rows, sampled in zip(prompts, ids, logps):
+        assert (sampled - completion_logps(model, prompt, rows)).abs().mean() < 0.05
+
+
+@pytest.mark.slow
+def test_compiled_equals_eager_and_nothing_recompiles(model, prompts):
+    """The decode step compiled for each number of rows; then other lengths, prompts, seeds: all of it compiled already."""
+    eos, P = 7, prompts.shape[1]
+    eager = Sampler(model, 2, 4, P, 24, eos_token_id=eos)
+    compiled = Sampler(model, 2, 4, P, 24, eos_token_id=eos, compiled=True)
+    compiled.warm_up()
+    torch.compiler.set_stance("fail_on_recompile")
+    try:
+        for seed, some in enumerate([list(prompts), [prompts[0][:9], prompts[1][:40]], [prompts[1]], list(prompts * 0.5)]):
+            ids, logps = compiled(some, seed=seed)
+            again, expected = eager(some, seed=seed)
+            assert torch.equal(ids, again) and torch.allclose(logps, expected, atol=1e-4)
+    finally:
+        torch.compiler.set_stance("default")
