@@ -18,6 +18,7 @@ Shapes: B prompts, T frames, P prompt length, C completion length, L BERT length
 """
 
 import functools
+import hashlib
 import itertools
 import json
 import re
@@ -31,6 +32,7 @@ import numpy as np
 import tokenizers
 import torch
 import torchaudio
+from safetensors.torch import load_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from torchvision.transforms.v2 import functional as image_ops
 
@@ -434,11 +436,23 @@ class Clips(torch.utils.data.Dataset):
 
     Item i is a dict: index i; pixel_values (T, 3, S, S) float32 and input_features (n_mels, num_samples / 160)
     float32, each None when the example's modality leaves it out. Raises ClipError.
+
+    cache: a folder of tower features, one file per clip. An item then has a key `cache_file` too, and, where that
+    file exists, `features` in place of the media: the clip is not even decoded. The file's name is a digest of all
+    that the features depend on: the media file, frames, fit, and `towers`, a fingerprint of the towers' weights.
     """
 
-    def __init__(self, examples, num_frames, image_size, n_mels, num_samples, fit="pad"):
+    def __init__(self, examples, num_frames, image_size, n_mels, num_samples, fit="pad", cache=None, towers=""):
         self.examples, self.num_frames, self.image_size = examples, num_frames, image_size
-        self.n_mels, self.num_samples, self.fit = n_mels, num_samples, fit
+        self.n_mels, self.num_samples, self.fit, self.cache, self.towers = n_mels, num_samples, fit, cache, towers
+
+    def cache_file(self, i):
+        path = self.examples[i].video
+        if not path.is_file():
+            raise ClipError(f"{path}: no such file")
+        facts = (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns, self.examples[i].modality, self.num_frames,
+                 self.image_size, self.n_mels, self.num_samples, self.fit, self.towers)
+        return Path(self.cache) / (hashlib.sha256(repr(facts).encode()).hexdigest()[:32] + ".safetensors")
 
     def __len__(self):
         return len(self.examples)
@@ -447,6 +461,11 @@ class Clips(torch.utils.data.Dataset):
         path, modality = self.examples[i].video, self.examples[i].modality
         want_video, want_audio = "video" in modality, "audio" in modality
         item = dict(index=i, pixel_values=None, input_features=None)
+        if self.cache and path:
+            item["cache_file"] = self.cache_file(i)
+            if item["cache_file"].exists():
+                features = load_file(item["cache_file"])
+                return {**item, "features": (features.get("video"), features.get("audio"))}
         if want_video or want_audio:
             frames, waveform = _decode(path, self.num_frames, want_video, want_audio)
         if want_video:

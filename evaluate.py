@@ -15,8 +15,11 @@ NAME.png with the confusion table. An interrupted evaluation goes on from NAME.p
 """
 
 import argparse
+import functools
 import json
+import os
 import sys
+import zlib
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -24,6 +27,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data import (QUESTION_LABEL, QUESTION_REASONING, BertTokenizer, Clips, DataError, Example, Tokenizer, batches,
@@ -135,23 +139,41 @@ def as_asked(example, config):
     return replace(example, question=question, modality=modality)
 
 
-def clips_of(model, examples, fit):
-    """The examples' media, decoded to what this model takes."""
+def clips_of(model, examples, fit, cache=None):
+    """The examples' media, decoded to what this model takes; cache: a folder of tower features, or None."""
     c = model.configs
     positions = c["whisper"]["max_source_positions"]  # 10 ms log-mel frames, two per position, 160 samples each
-    return Clips(examples, c["llm"].get("num_frames", 8), c["siglip"]["image_size"], c["whisper"]["num_mel_bins"], 320 * positions, fit)
+    towers = ""
+    if cache:
+        Path(cache).mkdir(parents=True, exist_ok=True)
+        weights = [t.view(torch.uint8).cpu().numpy() for tower in (model.vision_tower, model.audio_tower) for t in tower.state_dict().values()]
+        towers = functools.reduce(lambda crc, w: zlib.crc32(w, crc), weights, 0)
+    return Clips(examples, c["llm"].get("num_frames", 8), c["siglip"]["image_size"], c["whisper"]["num_mel_bins"], 320 * positions,
+                 fit, cache, towers)
 
 
 def encode_clips(model, clips):
-    """A batch from `data.batches` -> tower features (B, T, N, width) and (B, A/3, width); None for an absent medium."""
-    def stack(key):
-        if any(clip[key] is None for clip in clips):
-            if any(clip[key] is not None for clip in clips):
-                raise DataError("one batch mixes clips with and without a medium; choose one with --modality")
-            return None
-        return torch.stack([clip[key] for clip in clips]).to(model.device)
+    """A batch from `data.batches` -> tower features (B, T, N, width) and (B, A/3, width); None for an absent medium.
 
-    return model.encode(stack("pixel_values"), stack("input_features"))
+    Clips that came with their features are not encoded; the others' features go into the cache, if there is one."""
+    def stack(tensors):
+        if all(tensor is None for tensor in tensors):
+            return None
+        if any(tensor is None for tensor in tensors):
+            raise DataError("one batch mixes clips with and without a medium; choose one with --modality")
+        return torch.stack(tensors).to(model.device)
+
+    new = [clip for clip in clips if "features" not in clip]
+    if new:
+        encoded = model.encode(*(stack([clip[key] for clip in new]) for key in ("pixel_values", "input_features")))
+        for i, clip in enumerate(new):
+            clip["features"] = [None if medium is None else medium[i] for medium in encoded]
+            if "cache_file" in clip:
+                tensors = {name: t.cpu().contiguous() for name, t in zip(("video", "audio"), clip["features"]) if t is not None}
+                partial = clip["cache_file"].with_suffix(f".{os.getpid()}")  # renamed when whole: others may read at any time
+                save_file(tensors, partial)
+                os.replace(partial, clip["cache_file"])
+    return [stack([clip["features"][medium] for clip in clips]) for medium in (0, 1)]
 
 
 def question_inputs(model, bert, examples):

@@ -69,6 +69,7 @@ class Config(Common):
     updates_per_rollout: int = flag(1, "optimizer steps per rollout")
     clip_norm: float = flag(1.0, "largest gradient norm")
     gradient_checkpointing: bool = flag(False, "keep less for the backward pass and compute it again: slower, smaller")
+    cache_features: str = flag("", "folder that keeps the towers' output per clip (6 MB at full size), so that later epochs skip decoding and towers")
     # what is shown and kept
     val_every: int = flag(20, "updates between evaluations on --val")
     show_every: int = flag(10, "updates between printed samples; 0: none")
@@ -172,7 +173,7 @@ def main(argv=None):
     if config.epochs:
         config.updates = math.ceil(config.epochs * len(examples) / config.prompts)
     order = data_order(len(examples), config.updates * config.prompts / len(examples), config.seed)
-    clips_ahead = batches(clips_of(model, examples, config.fit), order, config.prompts, config.workers, skip_log=skip_log)
+    clips_ahead = batches(clips_of(model, examples, config.fit, config.cache_features), order, config.prompts, config.workers, skip_log=skip_log)
     metrics, best_war, start = [], -1.0, time.perf_counter()
     with open(out / "metrics.jsonl", "w", encoding="utf-8") as metrics_file:
         metrics_file.write(json.dumps({"config": asdict(config)}, default=str) + "\n")

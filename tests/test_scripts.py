@@ -2,8 +2,11 @@
 
 import ast
 import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,13 +91,13 @@ def test_grpo_runs_end_to_end(manifest, tmp_path, beta, steps_per_rollout, capsy
     assert "advantage" in printed and "WAR" in printed and "label: " in printed
 
 
-def test_grpo_with_the_same_seed_is_the_same_run(manifest, tmp_path):
-    runs = []
-    for name in ("a", "b"):
+def test_grpo_with_the_same_seed_is_the_same_run_with_and_without_a_feature_cache(manifest, tmp_path):
+    runs, cache = [], ["--cache-features", str(tmp_path / "cache")]
+    for name, more in (("a", []), ("b", []), ("miss", cache), ("hit", cache)):
         train_grpo.main(["--model", CHECKPOINT, "--data", manifest, "--out", str(tmp_path / name), "--updates", "2", "--prompts", "2",
-                         "--group", "2", "--max-new-tokens", "5", "--seed", "7", "--workers", "1"])
+                         "--group", "2", "--max-new-tokens", "5", "--seed", "7", "--workers", "1", *more])
         runs.append([{k: v for k, v in line.items() if "second" not in k} for line in read_metrics(tmp_path / name)[1]])
-    assert runs[0] == runs[1]
+    assert runs[0] == runs[1] == runs[2] == runs[3]
 
 
 def test_an_earlier_run_is_kept(tmp_path, capsys):
@@ -189,6 +192,44 @@ def test_one_medium_leaves_the_other_tower_alone(manifest, tmp_path, monkeypatch
             script(str(tmp_path / modality))
             assert set(ran) == {tower}
             assert len(ran) == 1  # and once per batch, policy and reference together
+
+
+def test_cached_features_are_those_of_the_towers(manifest, tmp_path, model, monkeypatch):
+    """A hit equals a miss, towers do not run again, and the key changes with file, frames, fit and towers."""
+    from data import batches, read_manifest
+    from model import VisionTower
+    examples, cache = read_manifest(manifest)[:2], tmp_path / "cache"
+    for example in examples:
+        example.video = Path(shutil.copy(example.video, tmp_path))
+
+    def encode(model, fit="pad"):
+        with torch.no_grad():
+            clips = next(batches(evaluate.clips_of(model, examples, fit, cache), [0, 1], 2))
+            return evaluate.encode_clips(model, clips)
+
+    plain = next(batches(evaluate.clips_of(model, examples, "pad"), [0, 1], 2))
+    with torch.no_grad():
+        expected = evaluate.encode_clips(model, plain)
+    miss = encode(model)
+    assert len(list(cache.iterdir())) == 2
+    runs, forward = [], VisionTower.forward
+    monkeypatch.setattr(VisionTower, "forward", lambda self, x: (runs.append(1), forward(self, x))[1])
+    hit = encode(model)
+    assert not runs
+    for a, b, c in zip(expected, miss, hit):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    encode(model, "squash")
+    assert len(runs) == 1 and len(list(cache.iterdir())) == 4
+    with torch.no_grad():
+        model.audio_tower.conv1.bias[0] += 1
+    encode(model)
+    assert len(runs) == 2 and len(list(cache.iterdir())) == 6
+    model.configs["llm"]["num_frames"] = 2
+    encode(model)
+    assert len(runs) == 3 and len(list(cache.iterdir())) == 8
+    os.utime(examples[0].video)
+    encode(model)
+    assert len(runs) == 4 and len(list(cache.iterdir())) == 9
 
 
 def test_bad_clips_stop_the_run_or_are_left_out_and_listed(tmp_path):
