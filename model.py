@@ -305,8 +305,14 @@ def attend(q, k, v, past=None):
         k, v = (torch.cat([old.repeat_interleave(len(new) // len(old), 0), new], dim=2) for old, new in zip(past, (k, v)))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))  # grouped queries share keys
     L, S = q.shape[2], k.shape[2]
+    if L == S:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     # New token i sees the S - L old ones and new ones 0..i: the causal triangle sits in the lower right corner.
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if L == S else causal_lower_right(L, S), is_causal=L == S)
+    if q.is_cuda:
+        mask = causal_lower_right(L, S)  # not a tensor of L x S: it selects the flash kernel
+    else:
+        mask = torch.ones(L, S, dtype=torch.bool, device=q.device).tril(S - L)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class Attention(nn.Module):
