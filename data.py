@@ -488,7 +488,7 @@ def batches(dataset, order, batch_size, workers=0, seed=0, skip_log=None):
 
     `workers` processes decode ahead, about one batch; with 0 it happens here. Workers share out clips, not
     batches, so the first batch comes early. Errors of the data arrive as they were raised. `seed` only keeps
-    the loader from drawing on torch's global random state, which a resumed run must find unchanged.
+    the loader from drawing on torch's global random state, so that decoding ahead changes nothing that is random.
 
     skip_log: a file; clips that cannot be used are then listed there and left out, and the batch is that much
     shorter. More than 5 % of the data set's clips is an error all the same: then something else is wrong.

@@ -57,7 +57,8 @@ def parse_flags(config_class, manual, argv=None, presets=None):
     parser = argparse.ArgumentParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(config_class):
         default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        options = {"default": f.default, "help": f"{f.metadata['help']} (default: {default if default != '' else 'none'})"}
+        text = f"{f.metadata['help']} (default: {default if default != '' else 'none'})"
+        options = {"default": f.default, "help": text.replace("%", "%%")}
         if isinstance(f.default, bool):
             options["action"] = argparse.BooleanOptionalAction
         elif isinstance(f.default, tuple):
@@ -91,11 +92,11 @@ class Common:
     modality: str = flag("manifest", "what the model is given; manifest: what each entry's text asks for",
                          choices=("manifest", "video_audio", "video", "audio"))
     fit: str = flag("pad", "how frames become square", choices=("pad", "squash"))
-    limit: int = flag(0, "use only the first so many examples of --data; 0: all")
+    limit: int = flag(0, "use only the first so many examples of every list of manifests; 0: all")
     siglip: str = flag("", "directory of the vision tower, if the checkpoint lacks it")
     whisper: str = flag("", "directory of the audio tower, if the checkpoint lacks it")
     bert: str = flag("", "directory of BERT, if the checkpoint lacks it")
-    on_bad_clip: str = flag("stop", "skip: leave clips that cannot be decoded out and list them in skipped.txt; over 5 % stop all the same",
+    on_bad_clip: str = flag("stop", "skip: list clips that cannot be decoded in a file skipped.txt and go on, up to 5 %",
                             choices=("stop", "skip"))
     workers: int = flag(1, "processes that decode clips ahead")
     seed: int = flag(0, "of everything random")
@@ -104,6 +105,7 @@ class Common:
 
 def load(config, dtype=torch.float32):
     """config.model and the encoders' directories -> (model, tokenizer, BERT's tokenizer) on config.device."""
+    torch.set_float32_matmul_precision("high")  # a GPU's TF32: exact for products of bf16 numbers, such as the float32 head's
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     encoders = {name: getattr(config, name) or None for name in ("siglip", "whisper", "bert")}
     model = HumanOmni.from_pretrained(config.model, **encoders, device=device, dtype=dtype)
@@ -121,9 +123,15 @@ def make_room(out):
     return out
 
 
-def compute_dtype(model):
-    """bf16 arithmetic over float32 weights where the device is fast at it; a context manager."""
-    return torch.autocast("cuda", torch.bfloat16) if model.device.type == "cuda" else nullcontext()
+def compute_dtype(device):
+    """bfloat16 where the device has it in hardware, else float32. Weights that train stay float32 either way."""
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def compute(model):
+    """Context for everything that runs the model: arithmetic in compute_dtype over the weights as they are."""
+    return torch.autocast("cuda", torch.bfloat16) if compute_dtype(model.device) == torch.bfloat16 else nullcontext()
 
 
 def read_examples(manifests, config):
@@ -134,7 +142,8 @@ def read_examples(manifests, config):
 
 def as_asked(example, config):
     """The example with the question and the modality that the flags ask for."""
-    question = {"reasoning": QUESTION_REASONING, "label": QUESTION_LABEL, "manifest": example.question}.get(config.question, config.question)
+    named = {"reasoning": QUESTION_REASONING, "label": QUESTION_LABEL, "manifest": example.question}
+    question = named.get(config.question, config.question)
     modality = example.modality if config.modality == "manifest" else config.modality
     return replace(example, question=question, modality=modality)
 
@@ -146,8 +155,8 @@ def clips_of(model, examples, fit, cache=None):
     towers = ""
     if cache:
         Path(cache).mkdir(parents=True, exist_ok=True)
-        weights = [t.view(torch.uint8).cpu().numpy() for tower in (model.vision_tower, model.audio_tower) for t in tower.state_dict().values()]
-        towers = functools.reduce(lambda crc, w: zlib.crc32(w, crc), weights, 0)
+        weights = [*model.vision_tower.parameters(), *model.audio_tower.parameters()]
+        towers = functools.reduce(lambda crc, w: zlib.crc32(w.detach().cpu().view(torch.uint8).numpy(), crc), weights, 0)
     return Clips(examples, c["llm"].get("num_frames", 8), c["siglip"]["image_size"], c["whisper"]["num_mel_bins"], 320 * positions,
                  fit, cache, towers)
 
@@ -161,7 +170,7 @@ def encode_clips(model, clips):
             return None
         if any(tensor is None for tensor in tensors):
             raise DataError("one batch mixes clips with and without a medium; choose one with --modality")
-        return torch.stack(tensors).to(model.device)
+        return torch.stack([tensor.to(model.device) for tensor in tensors])  # cached ones come from disk
 
     new = [clip for clip in clips if "features" not in clip]
     if new:
@@ -204,9 +213,10 @@ def evaluate(model, tokenizer, bert, examples, *, fit="pad", batch_size=32, work
 
     log: a JSONL file that gets every row as soon as it is there; examples that it holds already are not done again."""
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()[1:]] if log else []
-    done = {row["index"] for row in rows}
+    done = {index for index, count in Counter(row["index"] for row in rows).items() if count == samples}
+    rows = [row for row in rows if row["index"] in done]
     order = [i for i in range(len(examples)) if i not in done]
-    with tqdm(total=len(examples), initial=len(done), desc=title, unit="clip", leave=False) as progress, compute_dtype(model):
+    with tqdm(total=len(examples), initial=len(done), desc=title, unit="clip", leave=False) as progress, compute(model):
         for clips in batches(clips_of(model, examples, fit), order, batch_size, workers, skip_log=skip_log):
             batch = [examples[clip["index"]] for clip in clips]
             prompts = prompts_of(model, tokenizer, bert, batch, encode_clips(model, clips))
@@ -248,7 +258,8 @@ def score(rows, aliases=False):
     recall = {label: pairs[label, label] / count[label] for label in sorted(count)}
     n = len(rows)
     metrics = {
-        "n": n,
+        "n": len({row["index"] for row in rows}),  # clips; with --samples there are several rows of each
+        "completions": n,
         "war": sum(pairs[label, label] for label in count) / n,
         "uar": sum(recall.values()) / len(recall),
         "format": sum(format_reward(row["completion"]) for row in rows) / n,
@@ -283,7 +294,8 @@ def confusion_counts(metrics):
 
 def report(metrics):
     """The metrics as text: a summary, then recall and answers per class."""
-    lines = [f"n {metrics['n']}   WAR {100 * metrics['war']:.2f}   UAR {100 * metrics['uar']:.2f}   "
+    several = f" ({metrics['completions']} completions)" if metrics["completions"] > metrics["n"] else ""
+    lines = [f"n {metrics['n']}{several}   WAR {100 * metrics['war']:.2f}   UAR {100 * metrics['uar']:.2f}   "
              f"format {100 * metrics['format']:.1f} %   mean length {metrics['mean_length']:.1f} tokens",
              f"unknown words {metrics['unknown']}   unformatted {metrics['unformatted']}   truncated {metrics['truncated']}"]
     if "face_true" in metrics:
@@ -328,8 +340,9 @@ def results_table(files, published=False):
         try:
             result = json.loads(Path(file).read_text(encoding="utf-8"))
             model, data, metrics = result["settings"]["model"], result["name"], result["metrics"]
+            data = next((known for known in PUBLISHED["R1-Omni"] if data.lower().startswith(known.lower())), data)  # dfew_test: DFEW
             cells.setdefault(model, {})[data] = (100 * metrics["war"], 100 * metrics["uar"])
-            counts.append(f"| {model} | {data} | {metrics['n']} | {metrics['unknown']} | {metrics['unformatted']} | {metrics['truncated']} |")
+            counts.append(f"| {model} | {data} | " + " | ".join(str(metrics[key]) for key in ("n", "unknown", "unformatted", "truncated")) + " |")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{file}: not a result of evaluate.py ({type(error).__name__}: {error})") from None
         columns += [data] * (data not in columns)
@@ -402,7 +415,8 @@ def evaluate_manifest(config, loaded, manifest, modality, name):
     log.unlink()
     print(f"\n{name}\n{report(metrics)}")
     if config.aliases:
-        print(f"\nwith aliases: WAR {100 * result['metrics_with_aliases']['war']:.2f}   UAR {100 * result['metrics_with_aliases']['uar']:.2f}")
+        loose = result["metrics_with_aliases"]
+        print(f"\nwith aliases: WAR {100 * loose['war']:.2f}   UAR {100 * loose['uar']:.2f}   unknown words {loose['unknown']}")
     if skip_log and skip_log.exists():
         print(f"\nclips left out are listed in {skip_log}")
     return metrics
@@ -432,7 +446,8 @@ def main(argv=None):
         for modality in modalities:
             name = f"{base}.{modality}" if config.modality_report else base
             metrics = evaluate_manifest(config, loaded, path, modality, name)
-            reports.append(f"{name:32}{100 * metrics['war']:8.2f}{100 * metrics['uar']:8.2f}{metrics['n']:8}{metrics['unknown']:9}{metrics['unformatted']:13}")
+            reports.append(f"{name:32}{100 * metrics['war']:8.2f}{100 * metrics['uar']:8.2f}"
+                           f"{metrics['n']:8}{metrics['unknown']:9}{metrics['unformatted']:13}")
     print(f"\n{'':32}{'WAR':>8}{'UAR':>8}{'n':>8}{'unknown':>9}{'unformatted':>13}\n" + "\n".join(reports))
     print(f"\nresults: {config.out}")
 

@@ -10,7 +10,7 @@
     ids = generate(model, prompts, num_samples=8, max_new_tokens=512, eos_token_id=tokenizer.eos_token_id)
 
 `Sampler` keeps what a training run needs again and again: a working copy of the weights in the compute type, the
-buffers, the compiled step. On a GPU the step is compiled and replayed as a CUDA graph; on a CPU the same step is called.
+buffers, the compiled step, which a GPU replays as a CUDA graph. `generate` makes one for a single call, not compiled.
 
 Shapes: B prompts · G completions per prompt · R = B*G rows · P prompt length · C completion length · D width ·
 V vocabulary; hd head width.
@@ -115,6 +115,7 @@ class Sampler:
         self.logits = self.model.logits(hidden[0]).repeat(R, 1)  # (R, V), of the next token
         self.cache = [LayerCache(k, B, G, self.P, self.C, self) for k, _ in kv]
         self.compiled, self.graphs = compiled, {}
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.forward = torch.compile(self._forward, dynamic=False) if compiled else self._forward
 
     @torch.no_grad()
@@ -143,7 +144,7 @@ class Sampler:
         token, logp = draw(self.logits[:R], self.temperature, self.top_p, self.generator)
         done = self.done[:R]
         if self.eos is not None:
-            token = torch.where(done, self.eos, token)  # after the end: EOS again
+            token = token.masked_fill(done, self.eos)  # after the end: EOS again
             done |= token == self.eos
         row = self.row[:R]
         self.ids[row, self.step] = token
@@ -161,7 +162,7 @@ class Sampler:
             self._decode(R)  # compiles; nothing may be allocated for the first time during capture
             graph = torch.cuda.CUDAGraph()
             graph.register_generator_state(self.generator)
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self.pool):  # one memory pool: only one graph runs at a time
                 self._decode(R)
             for t, saved in zip((self.step, self.done, self.ids, self.logps, self.hidden_keys, self.logits), state):
                 t.copy_(saved)
@@ -215,7 +216,7 @@ class Sampler:
         for step in range(1, self.C + 1):
             self._run(B * G)
             if self.eos is not None and step % every == 0:
-                if self.done.all():
+                if self.done[:B * G].all():  # after compaction the places behind are not in use
                     break
                 G = self._compact(G)
         ids, logps = self.ids[:wanted * self.G, :step], self.logps[:wanted * self.G, :step]

@@ -46,6 +46,16 @@ def token_logps(logits, ids):
     return logits.gather(-1, ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
+def chunked_logps(model, hidden, ids, chunk=1024):
+    """log pi of each id given the hidden state before it: (n, D), (n,) -> (n,) float32.
+
+    Logits are made for `chunk` positions at a time and made again in the backward pass: chunk x V numbers live
+    instead of n x V."""
+    pieces = [checkpoint(lambda h, i: token_logps(model.logits(h), i), h, i, use_reentrant=False)
+              for h, i in zip(hidden.split(chunk), ids.split(chunk))]
+    return torch.cat(pieces)
+
+
 def completion_logps(model, prompt_embeds, completion_ids, chunk=1024):
     """log pi(token | prompt, tokens before) of a group of completions; the prompt runs through the model once.
 
@@ -60,8 +70,6 @@ def completion_logps(model, prompt_embeds, completion_ids, chunk=1024):
     Gradients flow through `kv` into the prompt, summed over the G rows: the same value and the same gradient as
     with the prompt repeated G times, for G + 1 short sequences instead of G long ones.
 
-    Logits are made for `chunk` positions at a time and made again in the backward pass: chunk x V numbers live
-    instead of G x C x V.
     """
     G, C = completion_ids.shape
     prompt_embeds = prompt_embeds.reshape(1, *prompt_embeds.shape[-2:])
@@ -71,10 +79,7 @@ def completion_logps(model, prompt_embeds, completion_ids, chunk=1024):
     hidden = prompt_hidden[:, -1:].expand(G, -1, -1)
     if C > 1:
         hidden = torch.cat([hidden, model(model.embed_tokens(completion_ids[:, :-1]), past=kv)], dim=1)
-    hidden, ids = hidden.flatten(0, 1), completion_ids.flatten()  # (G*C, D), (G*C,)
-    pieces = [checkpoint(lambda h, i: token_logps(model.logits(h), i), h, i, use_reentrant=False)
-              for h, i in zip(hidden.split(chunk), ids.split(chunk))]
-    return torch.cat(pieces).view(G, C)
+    return chunked_logps(model, hidden.flatten(0, 1), completion_ids.flatten(), chunk).view(G, C)
 
 
 def per_token_kl(logps, ref_logps):
@@ -100,8 +105,8 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, beta=0.04, clip_eps
     num_completions   rows of the whole update, when this batch is a part of it: the parts' losses and metrics then
                 add up to those of the update. Default: this batch is all.
 
-    Returns the scalar loss and a dict of detached scalars: kl, entropy (estimated by -logp of the samples),
-    clip_share (tokens where the clip stops the gradient), completion_length; each averaged like the loss.
+    Returns the scalar loss and a dict of detached scalars: kl and clip_share (tokens where the clip stops the
+    gradient), averaged like the loss, and completion_length.
     """
     mask = mask.to(logps.dtype)
     advantages = advantages.reshape(-1, 1).to(logps.dtype)
@@ -122,6 +127,6 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, beta=0.04, clip_eps
     loss = -average(objective)
     with torch.no_grad():
         stopped = clipped * advantages < ratio * advantages
-        metrics = {"kl": average(kl) if beta else torch.zeros_like(loss), "entropy": average(-logps),
+        metrics = {"kl": average(kl) if beta else torch.zeros_like(loss),
                    "clip_share": average(stopped.to(logps.dtype)), "completion_length": mask.sum() / rows}
     return loss, {name: value.detach() for name, value in metrics.items()}

@@ -642,7 +642,8 @@ def require_numbers(config, keys, path):
 def read_llm_config(path):
     """config.json of the checkpoint, if it is of the architecture that this file implements."""
     config = {"tie_word_embeddings": False, **read_config(path)}
-    for key, value in {"model_type": "HumanOmni_qwen2", "mm_projector_type": "all_in_one_small", "mm_audio_projector_type": "mlp2x_gelu"}.items():
+    expected = {"model_type": "HumanOmni_qwen2", "mm_projector_type": "all_in_one_small", "mm_audio_projector_type": "mlp2x_gelu"}
+    for key, value in expected.items():
         if config.get(key) != value:
             raise CheckpointError(f"{path}: {key} is {config.get(key)!r}, this model's is {value!r}")
     require_numbers(config, LLM_SIZES, path)

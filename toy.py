@@ -494,8 +494,8 @@ def draw_sheet(path, seed=0, frames=6):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Models: the three stages of the paper in miniature.  torch is imported where it is used: the drawing processes do
-# without it, and train_sft.py reads this file in its turn.
+# Models: the three stages of the paper in miniature.  train_sft.py is imported where it is used: it reads this file in
+# its turn, by way of evaluate.py.
 
 BASE = Path(__file__).parent / "toy"  # the base model as shipped
 ROOT = Path("runs/toy")
@@ -544,7 +544,7 @@ def prepare(seed=0, root=ROOT):
 
     Whatever exists is used as it is; a cold start made from another base or world is made anew.
     """
-    clips = make_clips(root, ("train", "validation", "test", "test_ood"))
+    clips = make_clips(root, ("train", "validation", "test", "test_ood", "swapped"))
     base = BASE
     if not (base / "model.safetensors").exists():
         base = Path(root) / f"base_{seed}" / "trained"

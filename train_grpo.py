@@ -1,8 +1,7 @@
 """RLVR: train an omni model with GRPO on labelled clips, as R1-Omni was trained (paper, sections 2 and 3.2).
 
-    python train_grpo.py                                                  the toy, from nothing, on a laptop
-    python train_grpo.py --model DIR --data manifest.json --out runs/r1   any checkpoint, any manifest
-    python train_grpo.py --model DIR --data dfew.json mafw.json --out runs/r1 --preset paper
+    python train_grpo.py                                                                the toy, on a laptop
+    python train_grpo.py --model DIR --data manifest.json --out runs/r1 --preset paper  any checkpoint, any manifest
 
 Labels are all the supervision there is: the model samples G completions per clip, two rules score them (right emotion?
 right format?), and what did better than its group becomes more likely. One update, numbered as in the README:
@@ -11,12 +10,14 @@ right format?), and what did better than its group becomes more likely. One upda
     2. reward them                                    5. per-token KL
     3. advantages within each group                   6. loss, backward, optimizer step
 
-Without --model, what the toy needs is made first and kept for the next run: clips and the cold start, under runs/toy.
+Without --preset, the flags' defaults are the toy's. Without --model, what the toy needs is made first and kept for the
+next run: clips and the cold start, under runs/toy.
 
 Writes to --out: last/ and best/ (checkpoints in the published layout; best by --val), metrics.jsonl, curves.png,
 results.json. Every metric is explained in the README.
 """
 
+import gc
 import json
 import math
 import time
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 import toy
 from data import DataError, batches
-from evaluate import (Common, clips_of, compute_dtype, decode, encode_clips, evaluate, flag, load, make_room, parse_flags,
+from evaluate import (Common, clips_of, compute, compute_dtype, decode, encode_clips, evaluate, flag, load, make_room, parse_flags,
                       prompts_of, read_examples, run, score)
 from generate import Sampler
 from grpo import completion_logps, completion_mask, group_advantages, grpo_loss
@@ -47,7 +48,9 @@ REWARDS = {"accuracy": accuracy_reward, "format": lambda completion, label: form
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
-PRESETS = {"paper": dict(epochs=2.0, prompts=16, group=8, max_new_tokens=512, lr=1e-6, beta=0.04, updates_per_rollout=1, clip_norm=1.0)}
+TOY_UPDATES = 100
+PRESETS = {"paper": dict(updates=0, epochs=2.0, prompts=16, group=8, max_new_tokens=512, lr=1e-6, beta=0.04,
+                         updates_per_rollout=1, clip_norm=1.0)}
 
 
 @dataclass
@@ -57,23 +60,26 @@ class Config(Common):
     out: str = flag("runs/grpo", "where checkpoints, metrics and curves are written")
     preset: str = flag("none", "paper: the published run's epochs, batch, lengths and learning rate", choices=("none", "paper"))
     # one update = 16 prompts x 8 completions = 128 rows, sampled together
-    updates: int = flag(60, "rollouts, each followed by --updates-per-rollout optimizer steps")
+    updates: int = flag(0, f"rollouts, each followed by --updates-per-rollout optimizer steps; 0: by --epochs, or else {TOY_UPDATES}")
     epochs: float = flag(0.0, "passes over the data, instead of --updates")
     prompts: int = flag(16, "B, prompts per update")
     group: int = flag(8, "G, completions per prompt; at least 2")
     max_new_tokens: int = flag(64, "longest completion")
     # the optimizer
-    lr: float = flag(1.5e-4, "learning rate at the start; falls linearly to 0")
+    lr: float = flag(2.5e-4, "learning rate at the start; falls linearly to 0")
     beta: float = flag(0.04, "weight of the KL to the frozen starting point; 0: no reference is kept")
     clip_eps: float = flag(0.2, "PPO clip of the probability ratio, felt from the second step per rollout on")
     updates_per_rollout: int = flag(1, "optimizer steps per rollout")
     clip_norm: float = flag(1.0, "largest gradient norm")
+    compile: bool = flag(True, "on a GPU: compile the sampling step (needs a C compiler) and replay it as a CUDA graph")
     gradient_checkpointing: bool = flag(False, "keep less for the backward pass and compute it again: slower, smaller")
-    cache_features: str = flag("", "folder that keeps the towers' output per clip (6 MB at full size), so that later epochs skip decoding and towers")
+    cache_features: str = flag("", "folder that keeps the towers' output per clip (5 MB at full size), so that later epochs "
+                                   "skip decoding and towers")
     # what is shown and kept
     val_every: int = flag(20, "updates between evaluations on --val")
     show_every: int = flag(10, "updates between printed samples; 0: none")
-    save_dtype: str = flag("bfloat16", "of the saved weights", choices=("bfloat16", "float16", "float32"))
+    save_dtype: str = flag("bfloat16", "of the saved weights; on a GPU what is frozen is bfloat16 already",
+                           choices=("bfloat16", "float16", "float32"))
 
 
 def reward_completions(texts, labels):
@@ -82,10 +88,9 @@ def reward_completions(texts, labels):
             for name, function in REWARDS.items()}
 
 
-def assert_same_model(a, b, mask, what):
+def assert_same_model(a, b, mask, dtype, what):
     """At the first update the policy has not moved: rollout, scoring and reference must agree on every token."""
     gap = ((a - b).abs() * mask).sum() / mask.sum()
-    dtype = torch.bfloat16 if a.device.type == "cuda" else torch.float32
     if not gap <= TOLERANCE[dtype]:
         raise RuntimeError(f"the first update's log-probabilities of {what} differ by {gap:.2e} per token on average "
                            f"(tolerance for {dtype}: {TOLERANCE[dtype]}): they are not the same model")
@@ -143,7 +148,7 @@ def main(argv=None):
     if not config.model:
         config.model, clips = toy.prepare(config.seed)
         config.data, config.val = config.data or (clips["train"],), config.val or (clips["validation"],)
-        config.test = config.test or (clips["test"], clips["test_ood"])
+        config.test = config.test or (clips["test"], clips["test_ood"], clips["swapped"])
     if not config.data:
         raise DataError("needs --data MANIFEST with --model")
 
@@ -152,10 +157,9 @@ def main(argv=None):
     device = model.device
     parameters = set_trainable(model)
     model.gradient_checkpointing = config.gradient_checkpointing
-    on_gpu = device.type == "cuda"
-    compute = torch.bfloat16 if on_gpu else torch.float32
-    reference = model.trainable_copy(compute) if config.beta else None
-    working_copy = model.trainable_copy(compute) if on_gpu else None  # what is sampled from; on a CPU the policy itself
+    on_gpu, dtype = device.type == "cuda", compute_dtype(device)
+    reference = model.trainable_copy(dtype) if config.beta else None
+    working_copy = model.trainable_copy(dtype) if dtype != torch.float32 else None  # sampled from; in float32 the policy itself is
     sampler = None
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
     examples = read_examples(config.data, config)
@@ -164,16 +168,20 @@ def main(argv=None):
     out = make_room(config.out)
     out.mkdir(exist_ok=True)
     skip_log = out / "skipped.txt" if config.on_bad_clip == "skip" else None
-    evaluation = dict(fit=config.fit, max_new_tokens=config.max_new_tokens, workers=config.workers)
 
-    def test_all(title):
-        return {name: score(evaluate(model, tokenizer, bert, test, title=f"{name}, {title}", **evaluation)) for name, test in tests.items()}
+    def evaluate_on(name, examples, title):
+        rows = evaluate(model, tokenizer, bert, examples, fit=config.fit, max_new_tokens=config.max_new_tokens, workers=config.workers,
+                        title=title, skip_log=skip_log and out / f"skipped_{name}.txt")
+        return score(rows)
+
+    def test_all(when):
+        return {name: evaluate_on(name, test, f"{name}, {when}") for name, test in tests.items()}
 
     before = test_all("before")
-    if config.epochs:
-        config.updates = math.ceil(config.epochs * len(examples) / config.prompts)
+    config.updates = config.updates or math.ceil(config.epochs * len(examples) / config.prompts) or TOY_UPDATES
     order = data_order(len(examples), config.updates * config.prompts / len(examples), config.seed)
-    clips_ahead = batches(clips_of(model, examples, config.fit, config.cache_features), order, config.prompts, config.workers, skip_log=skip_log)
+    clips_ahead = batches(clips_of(model, examples, config.fit, config.cache_features), order, config.prompts, config.workers,
+                          skip_log=skip_log)
     metrics, best_war, start = [], -1.0, time.perf_counter()
     with open(out / "metrics.jsonl", "w", encoding="utf-8") as metrics_file:
         metrics_file.write(json.dumps({"config": asdict(config)}, default=str) + "\n")
@@ -188,18 +196,20 @@ def main(argv=None):
             B, G = len(batch), config.group
 
             # Each clip goes through the frozen towers once; policy and reference share what comes out.
-            with torch.no_grad(), compute_dtype(model):
+            with torch.no_grad(), compute(model):
                 video, audio = encode_clips(model, clips)
             features = [[None if medium is None else medium[b:b + 1] for medium in (video, audio)] for b in range(B)]
             phases.end("encode")
 
             # 1. Sample: B x G completions in one go.
-            with torch.no_grad(), compute_dtype(model):
+            with torch.no_grad(), compute(model):
                 prompts = prompts_of(model, tokenizer, bert, batch, (video, audio))
                 longest = max(map(len, prompts))
                 if sampler is None or longest > sampler.P:  # its buffers are the largest thing: made first, and once
+                    sampler = None  # the old ones go before the new ones come
+                    gc.collect()
                     sampler = Sampler(model, config.prompts, G, 64 * math.ceil(longest / 64), config.max_new_tokens,
-                                      eos_token_id=tokenizer.eos_token_id, copy=working_copy, compiled=on_gpu)
+                                      eos_token_id=tokenizer.eos_token_id, copy=working_copy, compiled=on_gpu and config.compile)
                     sampler.warm_up()
                 sampler.refresh()
                 ids, sampled_logps = sampler(prompts, seed=config.seed * 1_000_003 + update)
@@ -218,18 +228,19 @@ def main(argv=None):
 
             # 4. Log-probabilities that stay fixed while the policy moves: of the reference, and, if the rollout serves
             #    several steps, of the policy that sampled. Prompt by prompt: G completions against one prompt.
+            #    The prompt is embedded anew each time: its video and audio tokens come from projectors that train.
             def score_group(scored, b):
                 prompt, = prompts_of(scored, tokenizer, bert, [batch[b]], features[b])
                 return completion_logps(scored, prompt, ids[b])  # (G, C)
 
-            with torch.no_grad(), compute_dtype(model):
+            with torch.no_grad(), compute(model):
                 ref_logps = [score_group(reference, b) for b in range(B)] if reference else [None] * B
                 old_logps = [score_group(model, b) for b in range(B)] if config.updates_per_rollout > 1 or update == 1 else [None] * B
             phases.end("score")
             if update == 1:
-                assert_same_model(torch.stack(old_logps), sampled_logps, mask, "rollout and scoring")
+                assert_same_model(torch.stack(old_logps), sampled_logps, mask, dtype, "rollout and scoring")
                 if reference:
-                    assert_same_model(torch.stack(old_logps), torch.stack(ref_logps), mask, "policy and reference")
+                    assert_same_model(torch.stack(old_logps), torch.stack(ref_logps), mask, dtype, "policy and reference")
             if config.updates_per_rollout == 1:
                 old_logps = [None] * B  # one step per rollout: the policy that sampled is the policy that is scored
 
@@ -238,20 +249,21 @@ def main(argv=None):
             lr = config.lr * (1 - (update - 1) / config.updates)
             for group in optimizer.param_groups:
                 group["lr"] = lr
+            line = dict.fromkeys(("loss", "kl", "clip_share", "grad_norm"), 0.0)  # averages over the rollout's steps
             for _ in range(config.updates_per_rollout):
-                line = {}
                 for b in range(B):
                     if not config.beta and not advantages[b].any():
                         continue  # equal rewards and no KL: the gradient is exactly 0
-                    with compute_dtype(model):
+                    with compute(model):
                         logps = score_group(model, b)
                     loss, parts = grpo_loss(logps, old_logps[b], ref_logps[b], advantages[b], mask[b], config.beta,
                                             config.clip_eps, num_completions=B * G)
                     loss.backward()
-                    for name, value in {"loss": loss.detach(), **parts}.items():
-                        line[name] = line.get(name, 0.0) + value.item()
+                    for name, value in {"loss": loss.detach(), "kl": parts["kl"], "clip_share": parts["clip_share"]}.items():
+                        line[name] += value.item() / config.updates_per_rollout
                 phases.end("backward")
-                line["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm).item()
+                norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+                line["grad_norm"] += norm.item() / config.updates_per_rollout
                 optimizer.step()
                 optimizer.zero_grad()
                 phases.end("optimizer")
@@ -260,7 +272,8 @@ def main(argv=None):
             seconds, tokens = sum(phases.seconds.values()), int(mask.sum())
             line = {"update": update, "reward": total.mean().item(),
                     **{f"reward_{name}": value.mean().item() for name, value in rewards.items()},
-                    **line, "completion_length": tokens / (B * G),
+                    **line, "entropy": (-(sampled_logps * mask).sum(-1) / mask.sum(-1)).mean().item(),
+                    "completion_length": tokens / (B * G),
                     "truncated": sum(not ended for group in decoded for _, ended in group) / (B * G),
                     "zero_spread": (total.std(dim=1) == 0).float().mean().item(), "lr": lr,
                     "seconds": seconds, **{f"seconds_{phase}": value for phase, value in phases.seconds.items()},
@@ -271,7 +284,7 @@ def main(argv=None):
                 b = int(total.std(dim=1).argmax())  # the group that teaches most
                 tqdm.write(show(batch[b], texts[b], {n: r[b] for n, r in rewards.items()}, advantages[b], update))
             if val and (update % config.val_every == 0 or update == config.updates):
-                result = score(evaluate(model, tokenizer, bert, val, title="validation", **evaluation))
+                result = evaluate_on("validation", val, "validation")
                 line.update(val_war=result["war"], val_uar=result["uar"], val_format=result["format"])
                 tqdm.write(f"\nupdate {update} · validation WAR {100 * result['war']:.1f}  format {100 * result['format']:.1f} %")
                 if result["war"] >= best_war:  # of equals the later: it has seen more
@@ -281,23 +294,25 @@ def main(argv=None):
             metrics_file.write(json.dumps(line) + "\n")
             metrics_file.flush()
             progress.update()
-            progress.set_postfix(reward=f"{line['reward']:.2f}", acc=f"{line['reward_accuracy']:.2f}", kl=f"{line.get('kl', 0):.3f}",
+            progress.set_postfix({name[:3]: f"{value.mean():.2f}" for name, value in rewards.items()}, kl=f"{line['kl']:.3f}",
                                  len=f"{line['completion_length']:.0f}", tok_s=f"{line['tokens_per_second']:.0f}")
         progress.close()
 
     model.save_pretrained(out / "last", getattr(torch, config.save_dtype))
     draw_curves(metrics, out / "curves.png")
     if (out / "best").exists():  # report the checkpoint that validation chose
+        model = reference = working_copy = sampler = optimizer = parameters = None  # make room for it
         model, tokenizer, bert = load(replace(config, model=out / "best", siglip="", whisper="", bert=""))
     after = test_all("after")
-    (out / "results.json").write_text(json.dumps({"config": asdict(config), "before": before, "after": after}, indent=1, default=str) + "\n")
+    results = {"config": asdict(config), "before": before, "after": after}
+    (out / "results.json").write_text(json.dumps(results, indent=1, default=str) + "\n")
     if tests:
         print(f"\n{'':10}{'':8}{'WAR':>8}{'UAR':>8}{'format':>8}{'length':>8}")
     for name in tests:
         for when, results in (("before", before), ("after", after)):
             r = results[name]
             print(f"{name:10}{when:8}{100 * r['war']:8.2f}{100 * r['uar']:8.2f}{100 * r['format']:8.1f}{r['mean_length']:8.1f}")
-    print(f"\n{config.updates} updates in {time.perf_counter() - start:.0f} s; checkpoints, metrics.jsonl, curves.png and results.json in {out}")
+    print(f"\n{len(metrics)} updates in {time.perf_counter() - start:.0f} s; checkpoints, metrics.jsonl, curves.png, results.json in {out}")
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import DataError, batches
-from evaluate import (Common, clips_of, compute_dtype, encode_clips, flag, load, make_room, parse_flags, question_inputs,
+from evaluate import (Common, clips_of, compute, compute_dtype, encode_clips, flag, load, make_room, parse_flags, question_inputs,
                       read_examples, run)
-from grpo import token_logps
+from grpo import chunked_logps
 
 
 PRESETS = {"paper": dict(epochs=5.0, steps=0, batch_size=16, lr=2e-5, clip_norm=1.0)}
@@ -38,10 +38,11 @@ class Config(Common):
     steps: int = flag(0, "optimizer steps, instead of --epochs")
     batch_size: int = flag(16, "examples per optimizer step")
     micro_batch: int = flag(0, "examples per forward pass, to save memory; 0: the whole batch")
-    lr: float = flag(2e-5, "peak learning rate: 3 %% linear warm-up, then cosine to 0")
+    lr: float = flag(2e-5, "peak learning rate: 3 % linear warm-up, then cosine to 0")
     clip_norm: float = flag(1.0, "largest gradient norm")
     train_towers: bool = flag(False, "train the vision and audio towers too")
-    save_dtype: str = flag("bfloat16", "of the saved weights", choices=("bfloat16", "float16", "float32"))
+    save_dtype: str = flag("bfloat16", "of the saved weights; on a GPU what is frozen is bfloat16 already",
+                           choices=("bfloat16", "float16", "float32"))
 
 
 def set_trainable(model, towers=False):
@@ -50,8 +51,7 @@ def set_trainable(model, towers=False):
     model.requires_grad_(True)
     for encoder in frozen:
         encoder.requires_grad_(False)
-        if model.device.type == "cuda":
-            encoder.to(torch.bfloat16)  # float32 is for what takes small steps
+        encoder.to(compute_dtype(model.device))  # float32 is for what takes small steps
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -70,7 +70,7 @@ def sft_loss(model, rows, answer_ids, num_tokens):
     hidden = model(pad_sequence(rows, batch_first=True))  # padding stands on the right, where causal attention does not look
     # The state before a token predicts it: for C answer tokens at the end, states L-C-1 .. L-2.
     states = [h[len(row) - len(ids) - 1:len(row) - 1] for h, row, ids in zip(hidden, rows, answer_ids)]
-    return -token_logps(model.logits(torch.cat(states)), torch.cat(answer_ids)).sum() / num_tokens
+    return -chunked_logps(model, torch.cat(states), torch.cat(answer_ids)).sum() / num_tokens
 
 
 def cosine(step, steps, warmup=0.03):
@@ -81,6 +81,11 @@ def cosine(step, steps, warmup=0.03):
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
+def skipped_file(config):
+    """Where skipped clips are listed while --out does not exist yet."""
+    return Path(config.out).with_name(Path(config.out).name + ".skipped.txt")
+
+
 def train(config, model, tokenizer, bert, examples):
     """The loop; yields a dict of metrics after each optimizer step."""
     parameters = set_trainable(model, config.train_towers)
@@ -88,7 +93,7 @@ def train(config, model, tokenizer, bert, examples):
     epochs = config.epochs if not config.steps else config.steps * config.batch_size / len(examples)
     order = data_order(len(examples), epochs, config.seed)
     steps = math.ceil(len(order) / config.batch_size)
-    skip_log = Path(config.out).with_name(Path(config.out).name + ".skipped.txt") if config.on_bad_clip == "skip" else None
+    skip_log = skipped_file(config) if config.on_bad_clip == "skip" else None
     decoded = batches(clips_of(model, examples, config.fit), order, config.batch_size, config.workers, skip_log=skip_log)
     for step, clips in enumerate(tqdm(decoded, total=steps, desc=f"sft {Path(config.out).name}", unit="step")):
         batch = [examples[clip["index"]] for clip in clips]
@@ -99,7 +104,7 @@ def train(config, model, tokenizer, bert, examples):
         size = config.micro_batch or len(batch)
         for start in range(0, len(batch), size):
             part = slice(start, start + size)
-            with compute_dtype(model):
+            with compute(model):
                 features = encode_clips(model, clips[part])
                 rows = model.embed_prompts([ids for ids, _ in targets[part]], *features, *question_inputs(model, bert, batch[part]))
                 part_loss = sft_loss(model, rows, answers[part], num_tokens)
@@ -123,7 +128,9 @@ def main(argv=None):
     metrics = list(train(config, model, tokenizer, bert, examples))
     out = make_room(config.out)
     model.save_pretrained(out, getattr(torch, config.save_dtype))
-    (out / "metrics.jsonl").write_text("".join(json.dumps(line, default=str) + "\n" for line in [asdict(config), *metrics]))
+    (out / "metrics.jsonl").write_text("".join(json.dumps(line, default=str) + "\n" for line in [{"config": asdict(config)}, *metrics]))
+    if skipped_file(config).exists():
+        skipped_file(config).rename(out / "skipped.txt")
     print(f"loss {metrics[0]['loss']:.3f} -> {metrics[-1]['loss']:.3f}; checkpoint in {out}")
 
 

@@ -127,7 +127,10 @@ def test_compaction_changes_no_row(model, prompts):
     ends = torch.tensor([[3, 3, 3, 3, 3, 3, 3, 38], [2, 5, 4, 3, 2, 9, 17, 30]]).flatten()
     decode = counting._decode
 
+    steps = []
+
     def ending(R):
+        steps.append(R)
         finished = (counting.step >= ends[counting.row[:R]])
         counting.logits[:R, eos] = torch.where(finished, torch.inf, -torch.inf)
         decode(R)
@@ -142,6 +145,10 @@ def test_compaction_changes_no_row(model, prompts):
             assert row[:end].tolist() == expected[:end].tolist()
         assert (row[end:] == eos).all()
     assert ids.shape[-1] == 39
+    assert steps[0] == 16 and steps[-1] == 2
+    ends -= 20  # the same, with all rows done by step 18: no step is made after the last row's end
+    steps.clear()
+    assert counting(list(prompts))[0].shape[-1] == 19 and len(steps) <= 20
 
 
 def test_a_sampler_is_used_again_with_other_prompts_and_fewer(model, prompts):

@@ -12,6 +12,11 @@ WORDS = ["happy", "sad", "angry", "calm", "um", "<eos>"]
 EOS = 5
 
 
+def text_of(ids):
+    """The words before EOS; a completion that does not end says nothing."""
+    return " ".join(WORDS[i] for i in ids[:ids.index(EOS)]) if EOS in ids else ""
+
+
 def test_grpo_learns_which_word_to_say_and_to_stop():
     """Four prompts, each with a word of its own that must be said, once, and then EOS. Chance is 1 in 36."""
     torch.manual_seed(0)
@@ -22,8 +27,7 @@ def test_grpo_learns_which_word_to_say_and_to_stop():
     history = []
     for update in range(120):
         ids, _ = sample(model, prompts, num_samples=16, max_new_tokens=4, eos_token_id=EOS, seed=update)
-        rewards = torch.tensor([[accuracy_reward(" ".join(WORDS[i] for i in row[:row.index(EOS)] if EOS in row) if EOS in row else "", label)
-                                 for row in group] for group, label in zip(ids.tolist(), WORDS)])
+        rewards = torch.tensor([[accuracy_reward(text_of(row), label) for row in group] for group, label in zip(ids.tolist(), WORDS)])
         history.append(rewards.mean().item())
         advantages = group_advantages(rewards)
         for prompt, group, advantage in zip(prompts, ids, advantages):

@@ -115,11 +115,11 @@ def test_an_earlier_run_is_kept(tmp_path, capsys):
 
 def test_a_model_that_differs_between_rollout_and_scoring_stops_the_run():
     logps, mask = torch.randn(2, 3, 4) - 3, torch.ones(2, 3, 4, dtype=torch.bool)
-    train_grpo.assert_same_model(logps, logps + 1e-5, mask, "a and b")
+    train_grpo.assert_same_model(logps, logps + 1e-5, mask, torch.float32, "a and b")
     with pytest.raises(RuntimeError, match="a and b differ by 1.00e-02"):
-        train_grpo.assert_same_model(logps, logps + 0.01, mask, "a and b")
+        train_grpo.assert_same_model(logps, logps + 0.01, mask, torch.float32, "a and b")
     with pytest.raises(RuntimeError, match="nan"):
-        train_grpo.assert_same_model(logps, logps * torch.nan, mask, "a and b")
+        train_grpo.assert_same_model(logps, logps * torch.nan, mask, torch.float32, "a and b")
 
 
 def test_evaluate_a_manifest_and_a_clip(manifest, tmp_path, capsys):
@@ -178,6 +178,10 @@ def test_several_manifests_each_medium_and_the_table(manifest, tmp_path, capsys)
     evaluate.main(["--table", *map(str, files), "--published"])
     printed = capsys.readouterr().out
     assert "| R1-Omni (published) |" in printed and "65.83 | 56.27" in printed and "other_manifest.audio WAR" in printed
+    result = json.loads(files[0].read_text())
+    (tmp_path / "mine.json").write_text(json.dumps({**result, "name": "dfew_test"}))
+    evaluate.main(["--table", str(tmp_path / "mine.json"), "--published"])
+    assert "DFEW WAR | DFEW UAR | MAFW WAR" in capsys.readouterr().out  # in the column of the published numbers
     with pytest.raises(DataError, match="not a result"):
         evaluate.main(["--table", manifest])
 
@@ -257,6 +261,7 @@ def test_bad_clips_stop_the_run_or_are_left_out_and_listed(tmp_path):
 
 def test_presets_are_the_papers_and_flags_win():
     config = evaluate.parse_flags(train_grpo.Config, "", ["--preset", "paper", "--group", "4"], train_grpo.PRESETS)
+    assert config.updates == 0  # by epochs
     assert (config.lr, config.beta, config.epochs, config.prompts, config.group, config.max_new_tokens) == (1e-6, 0.04, 2, 16, 4, 512)
     config = evaluate.parse_flags(train_sft.Config, "", ["--preset", "paper", "--epochs", "1", "--batch-size", "128"], train_sft.PRESETS)
     assert (config.lr, config.epochs, config.batch_size) == (2e-5, 1, 128)
@@ -266,6 +271,7 @@ def test_aliases_count_only_on_request():
     rows = [{"label": "angry", "completion": "Anger.", "tokens": 1, "truncated": False},
             {"label": "happiness", "completion": "joyful", "tokens": 1, "truncated": False},
             {"label": "sad", "completion": "angry", "tokens": 1, "truncated": False}]
+    rows = [{**row, "index": i} for i, row in enumerate(rows)]
     exact, loose = evaluate.score(rows), evaluate.score(rows, aliases=True)
     assert exact["war"] == 0 and exact["unknown"] == 2
     assert loose["war"] == 2 / 3 and loose["unknown"] == 0 and set(loose["recall"]) == {"angry", "happy", "sad"}
@@ -273,10 +279,12 @@ def test_aliases_count_only_on_request():
 
 def test_score_by_hand():
     def row(label, answer, formatted=True):
-        return {"label": label, "completion": f"<think>x</think><answer>{answer}</answer>" if formatted else answer, "tokens": 10, "truncated": False}
+        completion = f"<think>x</think><answer>{answer}</answer>" if formatted else answer
+        return {"label": label, "completion": completion, "tokens": 10, "truncated": False}
 
-    result = evaluate.score([row("happy", "happy"), row("happy", "Happy."), row("happy", "sad"), row("happy", "joyful"),
-                             row("sad", "sad"), row("angry", "sad", formatted=False)])
+    rows = [row("happy", "happy"), row("happy", "Happy."), row("happy", "sad"), row("happy", "joyful"), row("sad", "sad"),
+            row("angry", "sad", formatted=False)]
+    result = evaluate.score([{**row, "index": i} for i, row in enumerate(rows)])
     assert result["n"] == 6 and result["war"] == 3 / 6
     assert result["recall"] == {"angry": 0.0, "happy": 0.5, "sad": 1.0} and result["uar"] == 0.5
     assert result["unknown"] == 1 and result["unformatted"] == 1 and result["format"] == 5 / 6
@@ -287,7 +295,8 @@ def test_statements_are_checked_against_what_face_and_voice_did():
     rows = [{"label": "happy", "tokens": 1, "truncated": False, "face": "smile", "voice": "high_fast",
              "completion": f"<think>In the video, {face}. In the audio, {voice}.</think><answer>happy</answer>"}
             for face, voice in [("the mouth smiles", "the voice is high and fast"), ("the mouth turns down", "the voice is high and fast")]]
-    result = evaluate.score(rows)
+    result = evaluate.score([{**row, "index": 0} for row in rows])
+    assert (result["n"], result["completions"]) == (1, 2)  # two samples of one clip
     assert result["face_true"] == 0.5 and result["voice_true"] == 1.0
 
 

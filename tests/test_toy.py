@@ -259,3 +259,10 @@ def test_bert_covers_the_questions(checkpoint):
     for question in (toy.LABEL_QUESTION, toy.REASONING_QUESTION, toy.CAPTION_QUESTION):
         pieces = re.findall(r"\w+|[^\w\s]", question.lower())
         assert set(pieces) <= vocabulary and len(pieces) <= 62  # 64 positions with [CLS] and [SEP]
+
+
+def test_what_stands_twice_is_the_same():
+    """toy.py repeats two texts of data.py, so that its drawing processes need not load torch."""
+    import data
+    assert (toy.LABEL_QUESTION, toy.REASONING_QUESTION) == (data.QUESTION_LABEL, data.QUESTION_REASONING)
+    assert toy.QWEN_SPLIT == data.QWEN2_PATTERN

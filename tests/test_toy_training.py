@@ -13,7 +13,7 @@ from evaluate import evaluate, load, parse_flags, read_examples, score
 
 def recorded(name):
     config, *lines = [json.loads(line) for line in (ROOT / "toy" / name).read_text().splitlines()]
-    return config, [line["loss"] for line in lines]
+    return config["config"], [line["loss"] for line in lines]
 
 
 def flags_of(config, **changes):
