@@ -11,7 +11,7 @@ accuracy, UAR the mean recall over the classes that occur in the ground truth. D
 is given; --samples k then averages over k completions per clip.
 
 Results go to --out, per manifest NAME: NAME.json with the metrics, the settings and every raw completion, and
-NAME.png with the confusion table. An interrupted evaluation goes on from NAME.partial.jsonl.
+NAME_confusion.png. An interrupted evaluation goes on from NAME.partial.jsonl.
 """
 
 import argparse
@@ -411,7 +411,7 @@ def evaluate_manifest(config, loaded, manifest, modality, name):
     if config.aliases:
         result["metrics_with_aliases"] = score(rows, aliases=True)
     (out / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    draw_confusion(metrics, out / f"{name}.png")
+    draw_confusion(metrics, out / f"{name}_confusion.png")
     log.unlink()
     print(f"\n{name}\n{report(metrics)}")
     if config.aliases:

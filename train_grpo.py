@@ -210,6 +210,8 @@ def main(argv=None):
                     gc.collect()
                     sampler = Sampler(model, config.prompts, G, 64 * math.ceil(longest / 64), config.max_new_tokens,
                                       eos_token_id=tokenizer.eos_token_id, copy=working_copy, compiled=on_gpu and config.compile)
+                    if sampler.compiled:
+                        tqdm.write("compiling the sampling step: minutes, once per run")
                     sampler.warm_up()
                 sampler.refresh()
                 ids, sampled_logps = sampler(prompts, seed=config.seed * 1_000_003 + update)

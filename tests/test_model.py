@@ -126,7 +126,7 @@ def test_saving_replaces_a_checkpoint_whole_and_casts(model, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layout", ["separate", "bert prefixed, old names", "whisper with decoder", "dual-encoder siglip", "sharded", "bf16"])
+@pytest.mark.parametrize("layout", ["separate", "bert prefixed, old names", "whisper with decoder", "dual-encoder siglip", "sharded", "bf16", "fp16"])
 def test_every_layout_loads_to_the_same_model(layout, model, checkpoint, prompts, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "c")
     tensors, options, tolerance = load_file(checkpoint / "model.safetensors"), {}, 0.0
@@ -157,6 +157,8 @@ def test_every_layout_loads_to_the_same_model(layout, model, checkpoint, prompts
         (tmp_path / "siglip" / "config.json").write_text(json.dumps({"model_type": "siglip", "vision_config": config, "text_config": {}}))
     elif layout == "bf16":
         tensors, tolerance = {name: t.bfloat16() for name, t in tensors.items()}, 0.05
+    elif layout == "fp16":
+        tensors, tolerance = {name: t.half() for name, t in tensors.items()}, 0.01
     if layout == "sharded":
         (tmp_path / "c" / "model.safetensors").unlink()
         names = sorted(tensors)

@@ -132,7 +132,7 @@ def test_evaluate_a_manifest_and_a_clip(manifest, tmp_path, capsys):
     assert len(result["completions"]) == 6 and {"video", "label", "completion"} <= result["completions"][0].keys()
     settings = result["settings"]
     assert settings["max_new_tokens"] == 5 and settings["fit"] == "pad" and settings["question"] == "reasoning"
-    assert sorted(file.name for file in out.iterdir()) == ["manifest.json", "manifest.png"]
+    assert sorted(file.name for file in out.iterdir()) == ["manifest.json", "manifest_confusion.png"]
     evaluate.main(["--model", CHECKPOINT, "--clip", str(GOLDEN / "media" / "clip.mp4"), "--max-new-tokens", "5"])
     assert capsys.readouterr().out.strip() == result["completions"][0]["completion"].strip()  # the same, alone
 
