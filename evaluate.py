@@ -105,8 +105,9 @@ class Common:
 
 def load(config, dtype=torch.float32):
     """config.model and the encoders' directories -> (model, tokenizer, BERT's tokenizer) on config.device."""
-    torch.set_float32_matmul_precision("high")  # a GPU's TF32: exact for products of bf16 numbers, such as the float32 head's
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")  # TF32: exact for products of bf16 numbers, such as the float32 head's
     encoders = {name: getattr(config, name) or None for name in ("siglip", "whisper", "bert")}
     model = HumanOmni.from_pretrained(config.model, **encoders, device=device, dtype=dtype)
     return model, Tokenizer(config.model), BertTokenizer(encoders["bert"] or config.model)
