@@ -99,7 +99,7 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, beta=0.04, clip_eps
     logps       (rows, C) float32 with gradient: the policy
     old_logps   (rows, C) of the policy that sampled them, or None: this is the first update after the rollout, so
                 the ratio is 1 in value; its gradient is that of logps
-    ref_logps   (rows, C) of the frozen reference, or None when beta is 0
+    ref_logps   (rows, C) of the frozen reference, or None: no KL term
     advantages  (rows,) or (B, G)
     mask        (rows, C) bool or 0/1: the tokens that count
     num_completions   rows of the whole update, when this batch is a part of it: the parts' losses and metrics then
@@ -121,12 +121,10 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, beta=0.04, clip_eps
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
     # min: the pessimistic side. With A > 0 it stops pushing a token up that is up already; with A < 0, down.
     objective = torch.min(ratio * advantages, clipped * advantages)
-    if beta:
-        kl = per_token_kl(logps, ref_logps)
-        objective = objective - beta * kl
+    kl = torch.zeros_like(logps) if ref_logps is None else per_token_kl(logps, ref_logps)
+    objective = objective - beta * kl
     loss = -average(objective)
     with torch.no_grad():
         stopped = clipped * advantages < ratio * advantages
-        metrics = {"kl": average(kl) if beta else torch.zeros_like(loss),
-                   "clip_share": average(stopped.to(logps.dtype)), "completion_length": mask.sum() / rows}
+        metrics = {"kl": average(kl), "clip_share": average(stopped.to(logps.dtype)), "completion_length": mask.sum() / rows}
     return loss, {name: value.detach() for name, value in metrics.items()}

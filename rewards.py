@@ -5,6 +5,7 @@ a function here and an entry to REWARDS in train_grpo.py.
 """
 
 import re
+import string
 
 # The whole completion, so no text before, between or after; DOTALL because reasoning may run over several lines.
 _FORMAT = re.compile(r"<think>.*</think>\s*<answer>.*</answer>", re.DOTALL)
@@ -14,9 +15,8 @@ _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 def format_reward(completion):
     """1.0 if the whole completion is <think>...</think><answer>...</answer> with each tag exactly once, else 0.0.
 
-    White space may stand between the two parts and around the whole (paper, section 3.2)."""
-    text = completion.strip()
-    return float(_FORMAT.fullmatch(text) is not None and all(text.count(tag) == 1 for tag in _TAGS))
+    White space may stand between the two parts, and nothing else anywhere outside them (paper, section 3.2)."""
+    return float(_FORMAT.fullmatch(completion) is not None and all(completion.count(tag) == 1 for tag in _TAGS))
 
 
 def extract_answer(completion):
@@ -24,13 +24,13 @@ def extract_answer(completion):
 
     It is the text inside the last <answer>...</answer>; a completion without such a pair is taken whole, so that
     label-only models are scored by the same rule."""
-    inside = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
+    inside = re.findall(r"<answer>((?:(?!</?answer>).)*)</answer>", completion, re.DOTALL)
     return normalise(inside[-1] if inside else completion)
 
 
 def normalise(word):
     """Trimmed, lower-cased, trailing punctuation dropped: " Happy. " -> "happy"."""
-    return word.strip().lower().rstrip(".,;:!?").rstrip()
+    return word.strip().lower().rstrip(string.punctuation + string.whitespace)
 
 
 def accuracy_reward(completion, label):

@@ -70,6 +70,12 @@ def test_loss_averages_tokens_then_completions():
     assert metrics["completion_length"].item() == 2.0
 
 
+def test_without_a_reference_there_is_no_kl():
+    logps, advantages, mask = torch.randn(2, 3) - 2, torch.tensor([1.0, -1.0]), torch.ones(2, 3)
+    with_beta, metrics = grpo_loss(logps, None, None, advantages, mask, beta=0.04)
+    assert with_beta == grpo_loss(logps, None, None, advantages, mask, beta=0.0)[0] and metrics["kl"] == 0
+
+
 def test_the_first_loss_is_zero_but_its_gradient_is_not():
     logps = torch.randn(4, 5).log_softmax(-1).requires_grad_()
     advantages = group_advantages(torch.tensor([[0.0, 1.0, 2.0, 0.0]]))

@@ -9,7 +9,9 @@ from rewards import accuracy_reward, extract_answer, format_reward
     ("<think>why</think><answer>happy</answer>", 1),
     ("<think>why</think>\n<answer>happy</answer>", 1),
     ("<think>two\nlines</think> \n\t<answer>happy</answer>", 1),
-    ("\n<think></think><answer></answer>\n", 1),  # form, not content
+    ("<think></think><answer></answer>", 1),  # form, not content
+    ("<think>why</think><answer>happy</answer>\n", 0),  # the whole completion
+    ("\n<think>why</think><answer>happy</answer>", 0),
     ("<answer>happy</answer>", 0),
     ("<think>why</think>", 0),
     ("happy", 0),
@@ -33,6 +35,8 @@ def test_format(completion, reward):
     ("<think>x</think><answer> Happy.\n</answer>", "happy", 1),
     ("<answer>sad</answer> no: <answer>happy</answer>", "happy", 1),  # the last one
     ("<answer>happy</answer> no: <answer>sad</answer>", "happy", 0),
+    ("<answer>sad <answer>happy</answer>", "happy", 1),
+    ("<answer>happy!?)</answer>", "happy", 1),
     ("<answer>happiness</answer>", "happy", 0),
     ("<answer>happy and sad</answer>", "happy", 0),
     ("Happy!", "happy", 1),  # a label-only model
