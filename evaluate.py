@@ -46,7 +46,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 
 def flag(default, help, **more):
-    """A configuration field that becomes a command-line flag with this help text."""
+    """A configuration field that becomes a command-line flag with this help text; more: choices, least (value)."""
     return field(default=default, metadata={"help": help, **more})
 
 
@@ -70,7 +70,12 @@ def parse_flags(config_class, manual, argv=None, presets=None):
         parser.add_argument("--" + f.name.replace("_", "-"), **options)
     if presets:
         parser.set_defaults(**presets.get(parser.parse_known_args(argv)[0].preset, {}))
-    return config_class(**vars(parser.parse_args(argv)))
+    config = config_class(**vars(parser.parse_args(argv)))
+    for f in fields(config_class):
+        value = getattr(config, f.name)
+        if "least" in f.metadata and not value >= f.metadata["least"]:
+            raise DataError(f"--{f.name.replace('_', '-')} must be at least {f.metadata['least']}, not {value}")
+    return config
 
 
 def run(main):
@@ -92,13 +97,13 @@ class Common:
     modality: str = flag("manifest", "what the model is given; manifest: what each entry's text asks for",
                          choices=("manifest", "video_audio", "video", "audio"))
     fit: str = flag("pad", "how frames become square", choices=("pad", "squash"))
-    limit: int = flag(0, "use only the first so many examples of every list of manifests; 0: all")
+    limit: int = flag(0, "use only the first so many examples of every list of manifests; 0: all", least=0)
     siglip: str = flag("", "directory of the vision tower, if the checkpoint lacks it")
     whisper: str = flag("", "directory of the audio tower, if the checkpoint lacks it")
     bert: str = flag("", "directory of BERT, if the checkpoint lacks it")
     on_bad_clip: str = flag("stop", "skip: list clips that cannot be decoded in a file skipped.txt and go on, up to 5 %",
                             choices=("stop", "skip"))
-    workers: int = flag(1, "processes that decode clips ahead")
+    workers: int = flag(1, "processes that decode clips ahead; 0: none", least=0)
     seed: int = flag(0, "of everything random")
     device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one")
 
@@ -366,11 +371,11 @@ def results_table(files, published=False):
 class Config(Common):
     clip: str = flag("", "one media file to answer about, instead of --data")
     out: str = flag("runs/evaluate", "folder for the results")
-    temperature: float = flag(0.0, "0 is greedy")
-    top_p: float = flag(1.0, "nucleus sampling, with a temperature")
-    samples: int = flag(1, "completions per clip, with a temperature")
-    max_new_tokens: int = flag(512, "longest completion")
-    batch_size: int = flag(16, "clips at a time")
+    temperature: float = flag(0.0, "0 is greedy", least=0)
+    top_p: float = flag(1.0, "nucleus sampling, with a temperature; in (0, 1]", least=1e-6)
+    samples: int = flag(1, "completions per clip, with a temperature", least=1)
+    max_new_tokens: int = flag(512, "longest completion", least=1)
+    batch_size: int = flag(16, "clips at a time", least=1)
     aliases: bool = flag(False, "also score with anger = angry, fearful = fear, ...")
     modality_report: bool = flag(False, "evaluate with both media, video alone and audio alone, side by side")
     table: tuple = flag((), "result files to print as one table; nothing is evaluated")

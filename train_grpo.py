@@ -62,21 +62,21 @@ class Config(Common):
     # one update = 16 prompts x 8 completions = 128 rows, sampled together
     updates: int = flag(0, f"rollouts, each followed by --updates-per-rollout optimizer steps; 0: by --epochs, or else {TOY_UPDATES}")
     epochs: float = flag(0.0, "passes over the data, instead of --updates")
-    prompts: int = flag(16, "B, prompts per update")
-    group: int = flag(8, "G, completions per prompt; at least 2")
-    max_new_tokens: int = flag(64, "longest completion")
+    prompts: int = flag(16, "B, prompts per update", least=1)
+    group: int = flag(8, "G, completions per prompt: an advantage compares a completion with its group", least=2)
+    max_new_tokens: int = flag(64, "longest completion", least=1)
     # the optimizer
     lr: float = flag(2.5e-4, "learning rate at the start; falls linearly to 0")
     beta: float = flag(0.04, "weight of the KL to the frozen starting point; 0: no reference is kept")
     clip_eps: float = flag(0.2, "PPO clip of the probability ratio, felt from the second step per rollout on")
-    updates_per_rollout: int = flag(1, "optimizer steps per rollout")
+    updates_per_rollout: int = flag(1, "optimizer steps per rollout", least=1)
     clip_norm: float = flag(1.0, "largest gradient norm")
     compile: bool = flag(True, "on a GPU: compile the sampling step (needs a C compiler) and replay it as a CUDA graph")
     gradient_checkpointing: bool = flag(False, "keep less for the backward pass and compute it again: slower, smaller")
     cache_features: str = flag("", "folder that keeps the towers' output per clip (5 MB at full size), so that later epochs "
                                    "skip decoding and towers")
     # what is shown and kept
-    val_every: int = flag(20, "updates between evaluations on --val")
+    val_every: int = flag(20, "updates between evaluations on --val", least=1)
     show_every: int = flag(10, "updates between printed samples; 0: none")
     save_dtype: str = flag("bfloat16", "of the saved weights; on a GPU what is frozen is bfloat16 already",
                            choices=("bfloat16", "float16", "float32"))
@@ -143,8 +143,6 @@ def draw_curves(metrics, path):
 
 def main(argv=None):
     config = parse_flags(Config, __doc__, argv, PRESETS)
-    if config.group < 2:
-        raise DataError("--group must be at least 2: an advantage compares a completion with the rest of its group")
     if not config.model:
         config.model, clips = toy.prepare(config.seed)
         config.data, config.val = config.data or (clips["train"],), config.val or (clips["validation"],)

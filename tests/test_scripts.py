@@ -301,7 +301,9 @@ def test_statements_are_checked_against_what_face_and_voice_did():
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--group", "1"], "--group must be at least 2"),
+    (["--group", "1"], "--group must be at least 2, not 1"),
+    (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
+    (["--prompts", "-3"], "--prompts must be at least 1"),
     (["--model", CHECKPOINT], "needs --data"),
     (["--model", CHECKPOINT, "--data", "nowhere.json"], "nowhere.json"),
 ])
