@@ -1,6 +1,6 @@
 """A toy world of seven emotions: drawn faces, synthetic voices, and everything a checkpoint needs but its weights.
 
-An emotion is a face *and* a voice; neither tells it alone (`EMOTIONS`):
+An emotion is a face *and* a voice; neither alone tells all seven apart (`EMOTIONS`):
 
                 happy      surprise   fear       angry   disgust    sad        neutral
     face        smile      wide       wide       glare   glare      frown      flat

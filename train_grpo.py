@@ -47,7 +47,6 @@ REWARDS = {"accuracy": accuracy_reward, "format": lambda completion, label: form
 # before they count as two different models.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
-
 TOY_UPDATES = 100
 PRESETS = {"paper": dict(updates=0, epochs=2.0, prompts=16, group=8, max_new_tokens=512, lr=1e-6, beta=0.04,
                          updates_per_rollout=1, clip_norm=1.0)}
@@ -294,7 +293,7 @@ def main(argv=None):
             metrics_file.write(json.dumps(line) + "\n")
             metrics_file.flush()
             progress.update()
-            progress.set_postfix({name[:3]: f"{value.mean():.2f}" for name, value in rewards.items()}, kl=f"{line['kl']:.3f}",
+            progress.set_postfix({name: f"{value.mean():.2f}" for name, value in rewards.items()}, kl=f"{line['kl']:.3f}",
                                  len=f"{line['completion_length']:.0f}", tok_s=f"{line['tokens_per_second']:.0f}")
         progress.close()
 

@@ -93,6 +93,9 @@ def train(config, model, tokenizer, bert, examples):
     epochs = config.epochs if not config.steps else config.steps * config.batch_size / len(examples)
     order = data_order(len(examples), epochs, config.seed)
     steps = math.ceil(len(order) / config.batch_size)
+    if not order:
+        raise DataError("nothing to train: --epochs is too small, and no --steps are given")
+    skipped_file(config).unlink(missing_ok=True)  # of a run that did not finish
     skip_log = skipped_file(config) if config.on_bad_clip == "skip" else None
     decoded = batches(clips_of(model, examples, config.fit), order, config.batch_size, config.workers, skip_log=skip_log)
     for step, clips in enumerate(tqdm(decoded, total=steps, desc=f"sft {Path(config.out).name}", unit="step")):

@@ -61,6 +61,12 @@ def test_micro_batches_change_nothing(manifest, tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[2] == pytest.approx(losses[0], rel=1e-4)
 
 
+def test_sft_of_nothing_is_refused(manifest, tmp_path):
+    with pytest.raises(DataError, match="nothing to train"):
+        train_sft.main(["--model", CHECKPOINT, "--data", manifest, "--out", str(tmp_path / "sft"), "--epochs", "0", "--workers", "0"])
+    assert not (tmp_path / "sft").exists()
+
+
 def test_towers_train_on_request(manifest, tmp_path):
     train_sft.main(["--model", CHECKPOINT, "--data", manifest, "--out", str(tmp_path / "sft"), "--steps", "1", "--batch-size", "2",
                     "--lr", "1e-3", "--train-towers", "--save-dtype", "float32", "--workers", "0"])
