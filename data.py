@@ -17,13 +17,20 @@ What cannot be read is an error that names the file: no silence, black frame or 
 Shapes: B prompts, T frames, P prompt length, C completion length, L BERT length, S image size, h w a clip's size.
 """
 
+import atexit
+import contextlib
 import functools
 import hashlib
 import itertools
 import json
 import re
+import signal
+import sys
+import time
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
+from multiprocessing import connection
 from pathlib import Path
 
 import av
@@ -32,13 +39,30 @@ import numpy as np
 import tokenizers
 import torch
 import torchaudio
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers
+from torch import multiprocessing       # the standard one, with tensors handed over in shared memory
 from torchvision.transforms.v2 import functional as image_ops
+
+try:
+    import resource
+except ImportError:         # Windows: no memory limits
+    resource = None
 
 SAMPLE_RATE = 16_000        # Hz, what Whisper was trained on
 N_FFT, HOP = 400, 160       # samples: 25 ms windows every 10 ms
 GREY = 127                  # padding colour, the middle of 0..255: about 0 after normalisation
+
+# What claims or holds more than this is no clip of one emotion, and is refused before it takes memory or time.
+MAX_SIDE = 4096             # pixels: frames are padded to a square, and 8 of this size take 400 MB
+MAX_SECONDS = 3600
+MAX_BYTES = 1 << 30         # of a file: 35 s at 240 Mbit/s
+MAX_PACKETS = 1_000_000     # of all streams: an hour with 100 frames and 100 packets of sound a second has 720 000
+MAX_RATE, MAX_CHANNELS = 384_000, 16    # of sound; a resampler's filter grows with the rate
+MAX_OPENING = 512 << 20     # bytes for reading a file's index
+CLIP_SECONDS = 300          # a worker that needs longer for a clip hangs; a minute of 4k video takes about 30 s
+MAX_TEMPLATE = 256 << 20, 5, 100_000    # bytes, seconds, characters beside the question that a chat template may take
 
 VIDEO_TOKEN, AUDIO_TOKEN = -201, -202   # placeholders in prompt ids; the model puts the media tokens there
 IGNORE = -100                           # label of positions without loss, the default of torch's cross entropy
@@ -66,6 +90,37 @@ class ClipError(DataError):
 def _require(condition, message, error=DataError):
     if not condition:
         raise error(message)
+
+
+def is_file(path):
+    """Path.is_file, but False for what no file can be called: too long a name, a null byte, half a surrogate pair."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+@contextlib.contextmanager
+def _limits(size, seconds=None):
+    """Inside, the process may grow by `size` bytes (on Linux), and Python code may take `seconds`: else MemoryError, TimeoutError."""
+    def clock(frame, event, argument):      # called at every line that starts in here
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"takes more than {seconds} s")
+        return clock
+
+    deadline, tracer, statm = time.monotonic() + (seconds or 0), sys.gettrace(), Path("/proc/self/statm")
+    if resource and statm.exists():
+        old = soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        most = int(statm.read_text().split()[0]) * resource.getpagesize() + size
+        resource.setrlimit(resource.RLIMIT_AS, (most if soft == resource.RLIM_INFINITY else min(soft, most), hard))
+    try:
+        if seconds:
+            sys.settrace(clock)
+        yield
+    finally:
+        sys.settrace(tracer)
+        if resource and statm.exists():
+            resource.setrlimit(resource.RLIMIT_AS, old)
 
 
 # --------------------------------------------------------------------------------------------- video and audio
@@ -108,29 +163,68 @@ def _present(stream, path, kind):
 
 
 def _decode(path, wanted=1, want_video=True, want_audio=True):
-    _require(Path(path).is_file(), f"{path}: no such file", ClipError)
+    _require(is_file(path), f"{path}: no such file", ClipError)
+    size = Path(path).stat().st_size
+    _require(size <= MAX_BYTES, f"{path}: a file of {size >> 20} MiB, at most {MAX_BYTES >> 20} are read; cut it", ClipError)
     try:
-        # Titles in an unknown encoding are common in old files, and are of no interest here.
-        with av.open(str(path), metadata_errors="ignore") as container:
+        with _open(path) as container:
             # A cover picture counts as a video stream in some containers; it says nothing about a face.
             videos = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
             audios = container.streams.audio
+            claim = max((s.frames for s in (*videos, *audios)), default=0)
+            _require(claim <= MAX_PACKETS and (container.duration or 0) <= MAX_SECONDS * av.time_base,
+                     f"{path}: claims {claim} packets and {(container.duration or 0) / av.time_base:.0f} s, at most {MAX_PACKETS} "
+                     f"and {MAX_SECONDS} s are read; cut it", ClipError)
             _require(videos or audios, f"{path}: has neither video nor audio", ClipError)
             return _decode_streams(container, path, videos[0] if want_video and videos else None,
                                    audios[0] if want_audio and audios else None, wanted)
     except DataError:
         raise
-    except (av.error.FFmpegError, ValueError) as error:     # ValueError: size or sound format changes half-way
+    except MemoryError as error:        # FFmpeg's own are of this class too
+        raise ClipError(f"{path}: reading it takes more memory than a clip should; is it damaged?") from error
+    # ValueError, TypeError: size or sound format changes half-way, or has no name
+    except (av.error.FFmpegError, ValueError, TypeError) as error:
         raise ClipError(f"{path}: cannot be decoded ({getattr(error, 'strerror', None) or error})") from error
+
+
+def _open(path):
+    # Titles in an unknown encoding are common in old files, and are of no interest here.
+    options = {"max_pixels": str(MAX_SIDE ** 2), "protocol_whitelist": "file"}
+    with _limits(MAX_OPENING):
+        container = av.open(str(path), metadata_errors="ignore", options=options)
+    _require(not {"concat", "dash", "hls", "imf", "sdp"} & {*container.format.name.split(",")},
+             f"{path}: is a playlist, which stands for other files; list those", ClipError)
+    return container
+
+
+def _check_size(path, picture):
+    if max(picture.width, picture.height) > MAX_SIDE:
+        raise ClipError(f"{path}: frames of {picture.width} x {picture.height} pixels, at most {MAX_SIDE} a side are decoded; scale it down")
+
+
+def _check_sound(path, frame, samples):
+    if frame.sample_rate > MAX_RATE or frame.layout.nb_channels > MAX_CHANNELS:
+        raise ClipError(f"{path}: {frame.layout.nb_channels} channels of sound at {frame.sample_rate} Hz, at most {MAX_CHANNELS} and "
+                        f"{MAX_RATE} Hz are decoded; convert it")
+    if samples > MAX_SECONDS * frame.sample_rate:
+        raise ClipError(f"{path}: sound of more than {MAX_SECONDS} s; cut it")
 
 
 def _decode_streams(container, path, video, audio, wanted):
     frames, seen, chunks = {}, 0, []            # frames: index -> (h, w, 3); seen: video frames decoded so far
-    packets = refused = 0
+    to_rgb = av.video.reformatter.VideoReformatter()        # one for all frames, without threads: making those costs more
+    refused = samples = 0
     streams = [stream for stream in (video, audio) if stream]
     if not streams:                             # an empty list would mean all of them to demux()
         return None, None
-    counts = _count_packets(path)
+    for stream in streams:
+        _require(stream.codec_context, f"{path}: its {stream.type} is in no format that can be decoded; convert it", ClipError)
+    if video:
+        _check_size(path, video.codec_context)
+        video.codec_context.options = {"max_pixels": str(MAX_SIDE ** 2)}    # if the stream turns out larger than its file says
+    packets = list(itertools.islice(container.demux(streams), MAX_PACKETS + 1))     # still compressed
+    _require(len(packets) <= MAX_PACKETS, f"{path}: holds more than {MAX_PACKETS} packets; cut it", ClipError)
+    counts = _count_packets(packets)
     for stream in streams:                      # only mp4 is exact about what it should hold (but packs PCM otherwise)
         held = counts[stream.index, False] + counts[stream.index, True]
         exact = "mp4" in container.format.name and (stream is video or stream.codec_context.name == "aac")
@@ -143,34 +237,37 @@ def _decode_streams(container, path, video, audio, wanted):
         indices = frame_indices(total, wanted)
     if audio:
         # Only rate and sample type: libswresample's own down-mix of floats is not normalised and would clip.
-        resampler = av.AudioResampler(format="fltp", rate=SAMPLE_RATE)
+        resampler = av.AudioResampler(format="fltp", rate=SAMPLE_RATE, frame_size=SAMPLE_RATE)     # given out second by second
 
-    for packet in container.demux(streams):
+    for packet in packets:
         if packet.stream is video and seen > indices[-1]:       # all frames are there
             if audio:
                 continue
             break
         try:
-            packets += 1
             decoded = packet.decode()           # the last, empty packet of a stream flushes the decoder
         except av.error.FFmpegError:
             refused += 1
             continue
         for frame in decoded:
             if packet.stream is audio:
+                samples += frame.samples
+                _check_sound(path, frame, samples)
                 chunks += resampler.resample(frame)
                 continue
+            _check_size(path, frame)
             if seen in indices:
-                frames[seen] = frame.to_ndarray(format="rgb24")
+                frames[seen] = to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
             last_frame, seen = frame, seen + 1
 
     # Like any player, pass over a damaged packet, but not over many.
-    _require(refused * 20 <= packets, f"{path}: {refused} of {packets} packets are damaged", ClipError)
+    _require(refused * 20 <= len(packets), f"{path}: {refused} of {len(packets)} packets are damaged (or their frames larger than "
+             f"{MAX_SIDE} x {MAX_SIDE} pixels)", ClipError)
     if video:
         _require(seen * 2 >= total or seen > indices[-1],
                  f"{path}: only {seen} of {total} video frames can be decoded", ClipError)
         if seen <= indices[-1]:                 # ends a little early: repeat the last frame
-            frames |= {i: last_frame.to_ndarray(format="rgb24") for i in indices if i >= seen}
+            frames |= {i: to_rgb.reformat(last_frame, format="rgb24", threads=1).to_ndarray() for i in indices if i >= seen}
         frames = torch.from_numpy(np.stack([frames[i] for i in indices])).permute(0, 3, 1, 2)   # (T, 3, h, w)
     if audio:
         chunks += resampler.resample(None)      # what the resampler still holds, otherwise the end is lost
@@ -178,17 +275,17 @@ def _decode_streams(container, path, video, audio, wanted):
         _require(sum(chunk.shape[1] for chunk in chunks), f"{path}: its audio stream is empty; run with "
                  "--modality video, or take it out of the manifest", ClipError)
         waveform = torch.from_numpy(np.concatenate(chunks, axis=1).mean(axis=0))                # (samples,)
+        _require(waveform.abs().max() < 1e6, f"{path}: its sound is not a sound, samples go up to {waveform.abs().max():.0e}", ClipError)
     return frames if video else None, waveform if audio else None
 
 
-def _count_packets(path):
-    """Packets, which for video are frames, by (stream index, discarded), from reading the file without decoding it.
+def _count_packets(packets):
+    """Packets, which for video are frames, by (stream index, discarded).
 
-    This takes 1.5 ms for a short clip, and files need not say it: mkv, webm and flv store no number, avi counts
-    frames that are not there, and mp4 those before the start of a clip that was cut without encoding it anew.
+    Files need not say it: mkv, webm and flv store no number, avi counts frames that are not there, and mp4 those
+    before the start of a clip that was cut without encoding it anew.
     """
-    with av.open(str(path), metadata_errors="ignore") as container:
-        return Counter((packet.stream.index, packet.is_discard) for packet in container.demux() if packet.size)
+    return Counter((packet.stream.index, packet.is_discard) for packet in packets if packet.size)
 
 
 def resize_frames(frames, size, fit="pad"):
@@ -245,14 +342,34 @@ def _read_json(path, default=None):
     if default is not None and not path.is_file():
         return default
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(content, ensure_ascii=False).encode()    # half a surrogate pair is no text: it cannot be written or tokenised
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}); a git-lfs pointer? run git lfs pull") from error
+    _require(default is None or isinstance(content, dict), f"{path}: should be a JSON object, is a {type(content).__name__}")
+    return content
+
+
+@contextlib.contextmanager
+def _foreign(path, what):
+    """Whatever a foreign file makes go wrong inside is one DataError that names the file.
+
+    The tokenizers library and templates raise anything, the former bare Exceptions, and panics, which are no Exceptions at
+    all; a field of the wrong type is a TypeError, AttributeError, KeyError, ... wherever it is used.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"{path}: {what} ({type(error).__name__}: {error}); download it again") from error
 
 
 def _read_tokenizer(path):
     """A tokenizer.json, without the padding and truncation that a saved one may bring along."""
-    return tokenizers.Tokenizer.from_str(json.dumps(_read_json(path) | {"padding": None, "truncation": None}))
+    return tokenizers.Tokenizer.from_str(json.dumps(_read_json(path, {}) | {"padding": None, "truncation": None}))
 
 
 # How Qwen2 cuts text before merging bytes: contractions, words with the character before them, single digits,
@@ -280,19 +397,30 @@ def _build_qwen2(path, config):
     return tokenizer
 
 
+class _Undefined(jinja2.Undefined):
+    """A name that the chat does not have may be asked about, as templates do, but not be printed as nothing."""
+    __str__ = jinja2.Undefined._fail_with_undefined_error
+
+
 def _read_template(path, config):
     file = path / "chat_template.jinja"
     source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
     if isinstance(source, list):    # several named ones
         source = {entry["name"]: entry["template"] for entry in source}.get("default")
-    _require(source, f"{path}: has no chat template, in tokenizer_config.json or chat_template.jinja")
-    # A template is a program that came with the checkpoint: it runs in a sandbox.
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = functools.partial(_require, False)     # templates complain with it
-    try:
+    _require(source and isinstance(source, str), f"{path}: has no chat template, in tokenizer_config.json or chat_template.jinja")
+
+    def complain(message):          # templates do it with this
+        raise jinja2.TemplateError(str(message))
+
+    def refuse(context, operator, left, right):
+        raise jinja2.TemplateError(f"the operator {operator} is not for chats")     # one of it can take hours
+
+    # A template is a program that came with the checkpoint: it runs in a sandbox, and not for long.
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, undefined=_Undefined)
+    environment.intercepted_binops, environment.call_binop = frozenset(["**"]), refuse
+    environment.globals["raise_exception"] = complain
+    with _limits(*MAX_TEMPLATE[:2]):
         return environment.from_string(source)
-    except jinja2.TemplateError as error:
-        raise DataError(f"{path}: its chat template is not valid ({error})") from error
 
 
 class Tokenizer:
@@ -303,44 +431,58 @@ class Tokenizer:
     """
 
     def __init__(self, path):
-        path = Path(path)
+        self.path = path = Path(path)
+        self.prompts = {}       # question, modality -> ids
         config, generation = (_read_json(path / f"{name}_config.json", {}) for name in ("tokenizer", "generation"))
         file = path / "tokenizer.json"
-        self.tokenizer = _read_tokenizer(file) if file.is_file() else _build_qwen2(path, config)
-        self.template = _read_template(path, config)
-        names = {name: config.get(name) or "" for name in ("bos_token", "eos_token", "pad_token")}
-        self.names = {name: text["content"] if isinstance(text, dict) else text for name, text in names.items()}
-
-        self.end_of_turn = self.tokenizer.token_to_id("<|im_end|>")
-        _require(self.end_of_turn is not None, f"{path}: its tokenizer has no <|im_end|>, so it is not HumanOmni's")
-        eos, pad = (generation.get(name, self.tokenizer.token_to_id(self.names[name.removesuffix("_id")]))
-                    for name in ("eos_token_id", "pad_token_id"))
-        if isinstance(eos, list):       # several may end a text; training teaches the end of the turn
-            eos = self.end_of_turn if self.end_of_turn in eos else eos[0]
-        self.eos_token_id = self.end_of_turn if eos is None else eos
-        self.pad_token_id = self.eos_token_id if pad is None else pad
+        with _foreign(path, "its tokenizer cannot be used"):
+            self.tokenizer = _read_tokenizer(file) if file.is_file() else _build_qwen2(path, config)
+            names = {name: config.get(name) or "" for name in ("bos_token", "eos_token", "pad_token")}
+            self.names = {name: text["content"] if isinstance(text, dict) else text for name, text in names.items()}
+            self.end_of_turn = self.tokenizer.token_to_id("<|im_end|>")
+            _require(self.end_of_turn is not None, f"{path}: its tokenizer has no <|im_end|>, so it is not HumanOmni's")
+            eos, pad = (generation.get(name, self.tokenizer.token_to_id(self.names[name.removesuffix("_id")]))
+                        for name in ("eos_token_id", "pad_token_id"))
+            if isinstance(eos, list):       # several may end a text; training teaches the end of the turn
+                eos = self.end_of_turn if self.end_of_turn in eos else eos[0]
+            self.eos_token_id = self.end_of_turn if eos is None else eos
+            self.pad_token_id = self.eos_token_id if pad is None else pad
+            for number in (self.eos_token_id, self.pad_token_id):
+                _require(type(number) is int and self.tokenizer.id_to_token(number) is not None,
+                         f"{path}/generation_config.json: eos_token_id and pad_token_id should be ids of tokens, not {number!r}")
+            self.ids = max(self.tokenizer.get_vocab().values()) + 1     # how many the model has to have
+        with _foreign(path, "its chat template is not valid"):
+            self.template = _read_template(path, config)
 
     def encode(self, text):
         """Ids of a text without media; special tokens in it are single ids."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        with _foreign(self.path, "its tokenizer cannot be used"):
+            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+            read, given = (unicodedata.normalize("NFC", t) for t in (self.tokenizer.decode(ids, skip_special_tokens=False), text))
+        _require(read == given, f"{self.path}: its tokenizer loses a part of {text!r}; download it again")
+        return ids
 
     def render(self, question, modality="video_audio"):
         """The chat as text, up to where the answer begins, with <video> and <audio> still in it."""
         _require(modality in MODALITIES, f"modality must be one of {', '.join(MODALITIES)}, not {modality!r}")
         _require("<video>" not in question and "<audio>" not in question,
                  f"the question must not contain <video> or <audio>, they are added here: {question!r}")
-        message = {"role": "user", "content": MEDIA_TEXT[modality] + question}
-        try:
-            return self.template.render(messages=[message], add_generation_prompt=True, **self.names)
-        except jinja2.TemplateError as error:
-            raise DataError(f"the checkpoint's chat template cannot be rendered ({error})") from error
+        content = MEDIA_TEXT[modality] + question
+        with _foreign(self.path, "its chat template cannot be rendered"), _limits(*MAX_TEMPLATE[:2]):
+            text = self.template.render(messages=[{"role": "user", "content": content}], add_generation_prompt=True, **self.names)
+        markers = [text.count(marker) == content.count(marker) for marker in ("<video>", "<audio>")]
+        _require(content.strip() in text and all(markers) and len(text) <= len(content) + MAX_TEMPLATE[2], f"{self.path}: its chat "
+                 f"template should repeat {content!r} once and add no more than {MAX_TEMPLATE[2]} characters, gives {text[:300]!r}")
+        return text
 
     def prompt_ids(self, question, modality="video_audio"):
         """Question -> list of P ids, one VIDEO_TOKEN and AUDIO_TOKEN among them as the modality says."""
-        ids, media = [], {"<video>": VIDEO_TOKEN, "<audio>": AUDIO_TOKEN}
-        for piece in re.split("(<video>|<audio>)", self.render(question, modality)):
-            ids += [media[piece]] if piece in media else self.encode(piece)
-        return ids
+        if (question, modality) not in self.prompts:        # usually the same one all along
+            ids, media = [], {"<video>": VIDEO_TOKEN, "<audio>": AUDIO_TOKEN}
+            for piece in re.split("(<video>|<audio>)", self.render(question, modality)):
+                ids += [media[piece]] if piece in media else self.encode(piece)
+            self.prompts[question, modality] = ids
+        return list(self.prompts[question, modality])
 
     def sft_ids(self, question, answer, modality="video_audio"):
         """Question and answer -> (ids, labels), lists of P + C; labels are IGNORE before the answer.
@@ -361,26 +503,34 @@ class BertTokenizer:
 
     def __init__(self, path):
         # bert/ first: a checkpoint's own tokenizer.json is the language model's.
-        folders = [f for f in (Path(path) / "bert", Path(path)) if (f / "vocab.txt").is_file()
-                   or _read_json(f / "tokenizer.json", {}).get("model", {}).get("type") == "WordPiece"]
-        _require(folders, f"{path}: has no BERT vocabulary (tokenizer.json or vocab.txt, there or in its folder "
-                 "bert/); pass a BERT directory with --bert DIR")
-        folder = folders[0]
-        config = _read_json(folder / "tokenizer_config.json", {})
-        if (folder / "tokenizer.json").is_file():
-            self.tokenizer = _read_tokenizer(folder / "tokenizer.json")
-        else:
-            vocab = models.WordPiece.read_file(str(folder / "vocab.txt"))
-            _require({"[PAD]", "[UNK]", "[CLS]", "[SEP]"} <= set(vocab), f"{folder}/vocab.txt: is not BERT's")
-            self.tokenizer = tokenizers.BertWordPieceTokenizer(vocab, lowercase=config.get("do_lower_case", True))
-        positions = _read_json(folder / "config.json", {}).get("max_position_embeddings", 512)
-        self.tokenizer.enable_truncation(min(positions, config.get("model_max_length", 512)))
-        self.tokenizer.enable_padding(pad_id=self.tokenizer.token_to_id("[PAD]"))
+        self.path = path
+        with _foreign(path, "its BERT vocabulary cannot be used"):
+            folders = [f for f in (Path(path) / "bert", Path(path)) if (f / "vocab.txt").is_file()
+                       or _read_json(f / "tokenizer.json", {}).get("model", {}).get("type") == "WordPiece"]
+            _require(folders, f"{path}: has no BERT vocabulary (tokenizer.json or vocab.txt, there or in its folder "
+                     "bert/); pass a BERT directory with --bert DIR")
+            self.path = folder = folders[0]
+            config = _read_json(folder / "tokenizer_config.json", {})
+            if (folder / "tokenizer.json").is_file():
+                self.tokenizer = _read_tokenizer(folder / "tokenizer.json")
+            else:
+                vocab = models.WordPiece.read_file(str(folder / "vocab.txt"))
+                self.tokenizer = tokenizers.BertWordPieceTokenizer(vocab, lowercase=config.get("do_lower_case", True))
+            special = [self.tokenizer.token_to_id(token) for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]")]
+            _require(None not in special, f"{folder}: its vocabulary is not BERT's, it lacks [PAD], [UNK], [CLS] or [SEP]")
+            positions = _read_json(folder / "config.json", {}).get("max_position_embeddings", 512)
+            self.length = min(positions, config.get("model_max_length", 512))
+            self.tokenizer.enable_truncation(self.length)
+            self.tokenizer.enable_padding(pad_id=special[0])
+            self.ids = max(self.tokenizer.get_vocab().values()) + 1
+        ids, _ = self(["a"])
+        _require([ids[0, 0], ids[0, -1]] == special[2:], f"{folder}: its tokenizer does not put a text between [CLS] and [SEP], as BERT's does")
 
     def __call__(self, questions):
         """B questions -> input_ids, attention_mask, both (B, L) int64; cut to the model's length, padded to L."""
-        encoded = self.tokenizer.encode_batch(list(questions))
-        return torch.tensor([e.ids for e in encoded]), torch.tensor([e.attention_mask for e in encoded])
+        with _foreign(self.path, "its BERT vocabulary cannot be used"):
+            encoded = self.tokenizer.encode_batch(list(questions))
+            return torch.tensor([e.ids for e in encoded]), torch.tensor([e.attention_mask for e in encoded])
 
 
 # ---------------------------------------------------------------------------------------- manifests and batches
@@ -407,7 +557,7 @@ def read_manifest(path, media_root=None, limit=None):
     root = path.parent if media_root is None else Path(media_root)
     examples = [_read_entry(entry, f"{path}: entry {i}", root) for i, entry in enumerate(entries[:limit])]
     videos = dict.fromkeys(example.video for example in examples if example.video)
-    missing = [str(video) for video in videos if not video.is_file()]
+    missing = [str(video) for video in videos if not is_file(video)]
     _require(not missing, f"{path}: {len(missing)} of {len(videos)} clips do not exist: {', '.join(missing[:3])}"
              f"{', ...' if missing[3:] else ''}; is --media-root right? (now {root})")
     return examples
@@ -448,8 +598,7 @@ class Clips(torch.utils.data.Dataset):
 
     def cache_file(self, i):
         path = self.examples[i].video
-        if not path.is_file():
-            raise ClipError(f"{path}: no such file")
+        _require(is_file(path), f"{path}: no such file", ClipError)
         facts = (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns, self.examples[i].modality, self.num_frames,
                  self.image_size, self.n_mels, self.num_samples, self.fit, self.towers)
         return Path(self.cache) / (hashlib.sha256(repr(facts).encode()).hexdigest()[:32] + ".safetensors")
@@ -464,7 +613,12 @@ class Clips(torch.utils.data.Dataset):
         if self.cache and path:
             item["cache_file"] = self.cache_file(i)
             if item["cache_file"].exists():
-                features = load_file(item["cache_file"])
+                try:
+                    features = load_file(item["cache_file"])
+                except (SafetensorError, OSError) as error:
+                    raise DataError(f"{item['cache_file']}: cannot be read ({error}); delete it, it is made again") from error
+                _require({*features} == {name for name in ("video", "audio") if name in modality},
+                         f"{item['cache_file']}: does not hold the features of {modality}; delete it, it is made again")
                 return {**item, "features": (features.get("video"), features.get("audio"))}
         if want_video or want_audio:
             frames, waveform = _decode(path, self.num_frames, want_video, want_audio)
@@ -483,30 +637,101 @@ def _load_item(dataset, index):
         return error
 
 
-def batches(dataset, order, batch_size, workers=0, seed=0, skip_log=None):
-    """Yield lists of batch_size items dataset[i] for i in `order` (the last list may be shorter).
+@contextlib.contextmanager
+def _signals_wait():
+    """Inside, no signal is answered: not in the middle of a fork, nor by a child with the handlers of its parent."""
+    if not hasattr(signal, "pthread_sigmask"):      # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _work(dataset, pipe):
+    """A worker process: indices come in through the pipe, items go out, as long as the main process lives."""
+    for number in (signal.SIGINT, signal.SIGTERM):      # the main process's to answer, though a terminal sends them to all
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while pipe in connection.wait([pipe, multiprocessing.parent_process().sentinel]):
+            pipe.send(_load_item(dataset, pipe.recv()))
+
+
+def _load_ahead(dataset, order, workers, ahead):
+    """Yield _load_item(dataset, i) for i in order, while `workers` processes are up to `ahead` items further.
+
+    Each has a pipe of its own, and items in turn: if one dies (out of memory, a crash in a codec) or hangs, it is clear
+    over which clip, and nobody waits for it.
+    """
+    team = []
+    try:
+        for _ in range(workers):
+            ours, theirs = multiprocessing.Pipe()
+            team.append((ours, multiprocessing.Process(target=_work, args=(dataset, theirs), daemon=True)))
+            with _signals_wait():
+                team[-1][1].start()
+            theirs.close()
+            atexit.register(team[-1][1].kill)           # at the latest
+        for place in range(len(order) + ahead):
+            if place < len(order):
+                with contextlib.suppress(OSError):      # a dead worker: said when its turn comes
+                    team[place % workers][0].send(order[place])
+            if (due := place - ahead) < 0:
+                continue
+            pipe, process = team[due % workers]
+            ready, item = connection.wait([pipe, process.sentinel], CLIP_SECONDS), None
+            with contextlib.suppress(EOFError, OSError):        # it ended, in the middle of a message maybe
+                item = pipe.recv() if pipe in ready else None
+            if item is None:
+                clip = dataset.examples[order[due]].video or f"entry {order[due]}"
+                process.join(1)
+                end = f"did not finish in {CLIP_SECONDS} s" if process.exitcode is None else f"ended with exit code {process.exitcode}"
+                raise ClipError(f"{clip}: the process that decoded it {end}{' (killed: out of memory?)' if process.exitcode == -9 else ''}; "
+                                "take the clip out of the manifest if it happens again, or try fewer --workers")
+            yield item
+    finally:
+        for _, process in team:
+            process.kill()
+            process.join(1)
+
+
+def batches(dataset, order, batch_size, workers=0, skip_log=None, start=0):
+    """Yield lists of batch_size items dataset[i] for i in `order` (the last list may be shorter), from batch `start` on.
 
     `workers` processes decode ahead, about one batch; with 0 it happens here. Workers share out clips, not
-    batches, so the first batch comes early. Errors of the data arrive as they were raised. `seed` only keeps
-    the loader from drawing on torch's global random state, so that decoding ahead changes nothing that is random.
+    batches, so the first batch comes early. Errors of the data arrive as they were raised. An item's key "position"
+    is its place in `order`: batch k is order[k * batch_size:(k + 1) * batch_size], less the clips left out.
 
-    skip_log: a file; clips that cannot be used are then listed there and left out, and the batch is that much
-    shorter. More than 5 % of the data set's clips is an error all the same: then something else is wrong.
+    skip_log: a file; clips that cannot be used are then listed there and left out. More than 5 % of the data set's clips
+    is an error all the same: then something else is wrong, and so is a worker that dies or hangs. With a `start`, the list
+    goes on; else it begins anew.
     """
-    ahead = {"prefetch_factor": max(2, -(-batch_size // workers))} if workers else {}
-    loader = torch.utils.data.DataLoader(
-        list(order), batch_size=None, collate_fn=functools.partial(_load_item, dataset), num_workers=workers,
-        generator=torch.Generator().manual_seed(seed), **ahead)
-    items, skipped = iter(loader), set()
+    order, skip_log = list(order), skip_log and Path(skip_log)
+    skipped = set()
+    if skip_log and skip_log.exists():
+        if start:
+            skipped |= set(skip_log.read_text(encoding="utf-8").splitlines())
+        else:
+            skip_log.unlink()
+    rest = order[start * batch_size:]
+    ahead = min(max(batch_size, 2 * workers), 32 * workers)     # few enough for the messages to fit into the pipes
+    items = _load_ahead(dataset, rest, workers, ahead) if workers else (_load_item(dataset, i) for i in rest)
+    items = zip(itertools.count(start * batch_size), items)
     while batch := list(itertools.islice(items, batch_size)):
-        for problem in (item for item in batch if isinstance(item, DataError)):
-            if skip_log is None or not isinstance(problem, ClipError):
-                raise problem
-            skipped.add(str(problem))
-            Path(skip_log).parent.mkdir(parents=True, exist_ok=True)
-            Path(skip_log).write_text("\n".join(sorted(skipped)) + "\n", encoding="utf-8")
+        good = []
+        for position, item in batch:
+            if not isinstance(item, DataError):
+                good.append({**item, "position": position})
+                continue
+            if not skip_log or not isinstance(item, ClipError):
+                raise item
+            skipped.add(str(item))
+            skip_log.parent.mkdir(parents=True, exist_ok=True)
+            skip_log.write_text("\n".join(sorted(skipped)) + "\n", encoding="utf-8")
             if len(skipped) > 0.05 * len(dataset):
                 raise DataError(f"{len(skipped)} of {len(dataset)} clips cannot be used, more than 5 %; they are listed in {skip_log}")
-        batch = [item for item in batch if not isinstance(item, DataError)]
-        if batch:
-            yield batch
+        if good:
+            yield good

@@ -17,6 +17,7 @@ NAME_confusion.png. An interrupted evaluation goes on from NAME.partial.jsonl.
 import argparse
 import functools
 import json
+import math
 import os
 import sys
 import zlib
@@ -46,7 +47,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 
 def flag(default, help, **more):
-    """A configuration field that becomes a command-line flag with this help text; more: choices, least (value)."""
+    """A configuration field that becomes a command-line flag with this help text; more: choices, least and most (values)."""
     return field(default=default, metadata={"help": help, **more})
 
 
@@ -72,19 +73,44 @@ def parse_flags(config_class, manual, argv=None, presets=None):
         parser.set_defaults(**presets.get(parser.parse_known_args(argv)[0].preset, {}))
     config = config_class(**vars(parser.parse_args(argv)))
     for f in fields(config_class):
-        value = getattr(config, f.name)
+        value, name = getattr(config, f.name), "--" + f.name.replace("_", "-")
+        if isinstance(value, list) and not isinstance(f.default, tuple):
+            raise DataError(f"{name} needs a value")  # argparse makes an empty list of --model=--
+        if isinstance(value, float) and not math.isfinite(value):
+            raise DataError(f"{name} must be a number, not {value}")
         if "least" in f.metadata and not value >= f.metadata["least"]:
-            raise DataError(f"--{f.name.replace('_', '-')} must be at least {f.metadata['least']}, not {value}")
+            raise DataError(f"{name} must be at least {f.metadata['least']}, not {value}")
+        if "most" in f.metadata and not value <= f.metadata["most"]:
+            raise DataError(f"{name} must be at most {f.metadata['most']}, not {value}")
     return config
 
 
-def run(main):
-    """Run a script's main; an error that is the user's to mend is one message and exit code 2, not a traceback."""
+class TrainingError(RuntimeError):
+    """A run that cannot go on, though its flags and files can be used; the message says what was kept and what to try."""
+
+
+def run(main, memory_flags=()):
+    """Run a script's main. What the user can mend is one message: exit code 2 for flags and files, 1 for the rest.
+
+    memory_flags: what to change, and how, when a GPU's memory does not do."""
     try:
         main()
     except (DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a folder given as a file, no permission, a full disk
+        print(f"error: {error.filename or 'reading or writing'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except torch.OutOfMemoryError as error:
+        peak = f" (the peak was {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB)" if torch.cuda.is_available() else ""
+        print(f"error: out of GPU memory{peak}. Any of these needs less: {', '.join(memory_flags)}.\n{error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from what was saved", file=sys.stderr)
+        sys.exit(130)
 
 
 @dataclass
@@ -97,36 +123,34 @@ class Common:
     modality: str = flag("manifest", "what the model is given; manifest: what each entry's text asks for",
                          choices=("manifest", "video_audio", "video", "audio"))
     fit: str = flag("pad", "how frames become square", choices=("pad", "squash"))
-    limit: int = flag(0, "use only the first so many examples of every list of manifests; 0: all", least=0)
+    limit: int = flag(0, "use only the first so many examples of every list of manifests; 0: all", least=0, most=10**9)
     siglip: str = flag("", "directory of the vision tower, if the checkpoint lacks it")
     whisper: str = flag("", "directory of the audio tower, if the checkpoint lacks it")
     bert: str = flag("", "directory of BERT, if the checkpoint lacks it")
     on_bad_clip: str = flag("stop", "skip: list clips that cannot be decoded in a file skipped.txt and go on, up to 5 %",
                             choices=("stop", "skip"))
-    workers: int = flag(1, "processes that decode clips ahead; 0: none", least=0)
-    seed: int = flag(0, "of everything random")
+    workers: int = flag(1, "processes that decode clips ahead; 0: none", least=0, most=128)
+    seed: int = flag(0, "of everything random", least=0, most=2**31)
     device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one")
 
 
 def load(config, dtype=torch.float32):
     """config.model and the encoders' directories -> (model, tokenizer, BERT's tokenizer) on config.device."""
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such device; AssertionError: torch without CUDA
+        raise DataError(f"--device {device} cannot be used ({str(error).splitlines()[0]})") from None
     if device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32: exact for products of bf16 numbers, such as the float32 head's
     encoders = {name: getattr(config, name) or None for name in ("siglip", "whisper", "bert")}
     model = HumanOmni.from_pretrained(config.model, **encoders, device=device, dtype=dtype)
-    return model, Tokenizer(config.model), BertTokenizer(encoders["bert"] or config.model)
-
-
-def make_room(out):
-    """An output folder that is not there yet; what an earlier run left is kept under a number."""
-    out = Path(out)
-    if out.exists() and any(out.iterdir()):
-        number = next(n for n in range(1, 10_000) if not out.with_name(f"{out.name}.{n}").exists())
-        kept = out.rename(out.with_name(f"{out.name}.{number}"))
-        print(f"{out} is kept as {kept}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return out
+    tokenizer, bert = Tokenizer(config.model), BertTokenizer(encoders["bert"] or config.model)
+    for name, ids, c in (("", tokenizer.ids, model.configs["llm"]), ("BERT's ", bert.ids, model.configs["bert"])):
+        if ids > c["vocab_size"]:
+            raise DataError(f"{config.model}: {name}tokenizer has {ids} ids, the model {c['vocab_size']}; they do not belong together")
+    bert.tokenizer.enable_truncation(min(bert.length, model.configs["bert"]["max_position_embeddings"]))
+    return model, tokenizer, bert
 
 
 def compute_dtype(device):
@@ -371,11 +395,11 @@ def results_table(files, published=False):
 class Config(Common):
     clip: str = flag("", "one media file to answer about, instead of --data")
     out: str = flag("runs/evaluate", "folder for the results")
-    temperature: float = flag(0.0, "0 is greedy", least=0)
-    top_p: float = flag(1.0, "nucleus sampling, with a temperature; in (0, 1]", least=1e-6)
-    samples: int = flag(1, "completions per clip, with a temperature", least=1)
-    max_new_tokens: int = flag(512, "longest completion", least=1)
-    batch_size: int = flag(16, "clips at a time", least=1)
+    temperature: float = flag(0.0, "0 is greedy", least=0, most=100)
+    top_p: float = flag(1.0, "nucleus sampling, with a temperature; in (0, 1]", least=1e-6, most=1)
+    samples: int = flag(1, "completions per clip, with a temperature", least=1, most=4096)
+    max_new_tokens: int = flag(512, "longest completion", least=1, most=32768)
+    batch_size: int = flag(16, "clips at a time", least=1, most=4096)
     aliases: bool = flag(False, "also score with anger = angry, fearful = fear, ...")
     modality_report: bool = flag(False, "evaluate with both media, video alone and audio alone, side by side")
     table: tuple = flag((), "result files to print as one table; nothing is evaluated")
@@ -459,4 +483,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ("a smaller --batch-size", "a smaller --max-new-tokens", "fewer --samples"))

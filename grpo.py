@@ -4,10 +4,14 @@ One update, in the order train_grpo.py does it (numbers as in the README):
 
     1. sample G completions of each prompt from the policy
     2. reward each completion
-    3. group_advantages    A = (r - mean) / std within the group             paper, eq. 4
-    4. completion_logps    log pi(token) of every sampled token, under the policy and under the reference
+    3. completion_logps    log pi(token) of every sampled token, under the policy and under the reference
+    4. group_advantages    A = (r - mean) / std within the group             paper, eq. 4
     5. per_token_kl        how far the policy has moved from the reference   paper, eq. 3 (k3 estimator)
     6. grpo_loss           raise the probability of what did better than its group, stay near the reference
+
+The defaults are the paper's. What later work changed stands beside it as an argument: `scale` (Dr. GRPO, arXiv:2503.20783),
+`token_mean`, `clip_high` and a mask without truncated completions (DAPO, arXiv:2503.14476), KL in the reward (InstructGPT,
+arXiv:2203.02155).
 
 Shapes: B prompts · G completions per prompt · P prompt length · C completion length · D width · V vocabulary.
 This file needs torch alone and knows nothing of video or sound: it works with any causal language model.
@@ -17,15 +21,26 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 
-def group_advantages(rewards, eps=1e-4):
+def group_advantages(rewards, eps=1e-4, scale=True):
     """How much better than its group is each completion, in standard deviations? (paper, eq. 4)
 
     rewards (B, G) float -> (B, G). The std is the unbiased one; eps keeps a group of equal rewards at exactly 0
-    instead of 0/0. G < 2 has no group to compare with: ValueError."""
+    instead of 0/0. G < 2 has no group to compare with: ValueError.
+
+    scale=False (Dr. GRPO) leaves out the division: with it, groups that nearly always fail or nearly always succeed
+    get the largest advantages, although they have least to teach."""
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be (B, G) with G >= 2 completions per prompt, got {tuple(rewards.shape)}")
-    mean = rewards.mean(dim=1, keepdim=True)
-    return (rewards - mean) / (rewards.std(dim=1, keepdim=True) + eps)
+    deviation = rewards - rewards.mean(dim=1, keepdim=True)
+    return deviation / (rewards.std(dim=1, keepdim=True) + eps) if scale else deviation
+
+
+def kl_in_reward(rewards, logps, ref_logps, mask, beta):
+    """rewards - beta * (log pi - log pi_ref) of the whole completion: the KL as a part of what is rewarded.
+
+    rewards (B, G); logps, ref_logps, mask (B, G, C), of the policy that sampled -> (B, G). The k1 estimator, whose
+    gradient is right here and zero on average in the loss; use it with beta=0 in grpo_loss."""
+    return rewards - beta * torch.where(mask, logps - ref_logps, 0.0).sum(-1)
 
 
 def completion_mask(completion_ids, eos_token_id):
@@ -91,7 +106,8 @@ def per_token_kl(logps, ref_logps):
     return d.exp() - d - 1
 
 
-def grpo_loss(logps, old_logps, ref_logps, advantages, mask, beta=0.04, clip_eps=0.2, num_completions=None):
+def grpo_loss(logps, old_logps, ref_logps, advantages, mask, beta=0.04, clip_eps=0.2, *, clip_high=None, token_mean=False,
+              total=None):
     """Loss of a batch of completions, and what to log about it.
 
         loss = mean over completions of the mean over their tokens of -(min(ratio A, clip(ratio) A) - beta KL)
@@ -101,30 +117,34 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, beta=0.04, clip_eps
                 the ratio is 1 in value; its gradient is that of logps
     ref_logps   (rows, C) of the frozen reference, or None: no KL term
     advantages  (rows,) or (B, G)
-    mask        (rows, C) bool or 0/1: the tokens that count
-    num_completions   rows of the whole update, when this batch is a part of it: the parts' losses and metrics then
-                add up to those of the update. Default: this batch is all.
+    mask        (rows, C) bool or 0/1: the tokens that count. Without those of truncated completions (DAPO), they are
+                not punished for what they did not get to say
+    clip_high   the ratio's clip above 1, if not clip_eps (DAPO): room for rare tokens to become likely
+    token_mean  (DAPO) mean over all tokens at once: a long completion counts more, and its tokens no less than others
+    total       completions (with token_mean: tokens that count) of the whole update, when this batch is a part of it:
+                the parts' losses and metrics then add up to those of the update. Default: this batch is all
 
     Returns the scalar loss and a dict of detached scalars: kl and clip_share (tokens where the clip stops the
-    gradient), averaged like the loss, and completion_length.
+    gradient), averaged like the loss, and completion_length (tokens per row of this batch).
     """
     mask = mask.to(logps.dtype)
     advantages = advantages.reshape(-1, 1).to(logps.dtype)
-    lengths = mask.sum(dim=1).clamp(min=1)
-    rows = len(logps) if num_completions is None else num_completions
+    lengths = mask.sum(dim=1)
+    if total is None:
+        total = lengths.sum().clamp(min=1) if token_mean else len(logps)
 
-    def average(per_token):  # over a completion's tokens, then over completions: long ones count no more than short
+    def average(per_token):
         # where() and not a product: whatever stands after a row's end, were it inf, must not reach the sum
-        return (torch.where(mask > 0, per_token, 0.0).sum(dim=1) / lengths).sum() / rows
+        sums = torch.where(mask > 0, per_token, 0.0).sum(dim=1)
+        return (sums if token_mean else sums / lengths.clamp(min=1)).sum() / total
 
     ratio = torch.exp(logps - (logps.detach() if old_logps is None else old_logps))
-    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    clipped = ratio.clamp(1 - clip_eps, 1 + (clip_eps if clip_high is None else clip_high))
     # min: the pessimistic side. With A > 0 it stops pushing a token up that is up already; with A < 0, down.
     objective = torch.min(ratio * advantages, clipped * advantages)
     kl = torch.zeros_like(logps) if ref_logps is None else per_token_kl(logps, ref_logps)
-    objective = objective - beta * kl
-    loss = -average(objective)
+    loss = -average(objective - beta * kl)
     with torch.no_grad():
-        stopped = clipped * advantages < ratio * advantages
-        metrics = {"kl": average(kl), "clip_share": average(stopped.to(logps.dtype)), "completion_length": mask.sum() / rows}
+        stopped = (clipped * advantages < ratio * advantages).to(logps.dtype)
+        metrics = {"kl": average(kl), "clip_share": average(stopped), "completion_length": lengths.mean()}
     return loss, {name: value.detach() for name, value in metrics.items()}

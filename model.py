@@ -449,6 +449,14 @@ class HumanOmni(nn.Module):
             rows.append(torch.cat([*pieces, text[b, start:]]))
         return torch.stack(rows)
 
+    def prompt_length(self, prompt_ids):
+        """P of these ids (a list): how many positions they take once the clip's tokens stand in their places."""
+        c, siglip = self.configs["llm"], self.configs["siglip"]
+        side = siglip["image_size"] // siglip["patch_size"]
+        video = c.get("num_frames", 8) * (side // 2) ** 2
+        audio = self.configs["whisper"]["max_source_positions"] // AUDIO_POOL
+        return sum({VIDEO_TOKEN: video, AUDIO_TOKEN: audio}.get(i, 1) for i in prompt_ids)
+
     def embed_prompts(self, prompt_ids, video, audio, question_ids, question_mask):
         """The whole way from tower features to embedded prompts, with gradient into projectors, gate and embedding.
 
@@ -498,6 +506,11 @@ class HumanOmni(nn.Module):
         """(..., D) -> (..., V) in float32: a bf16 log-softmax blurs a small KL beyond use."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         with torch.autocast(hidden.device.type, enabled=False):
+            if hidden.is_cuda and hidden.dtype == head.weight.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+                # The same numbers without a float32 copy of the head at every sampled token: the products of bf16
+                # numbers are exact in float32, and are summed there.
+                rows = hidden.reshape(-1, hidden.shape[-1])
+                return torch.mm(rows, head.weight.T, out_dtype=torch.float32).view(*hidden.shape[:-1], -1)
             return F.linear(hidden.float(), head.weight.float())
 
     # --------------------------------------------------------------------------------------------
@@ -516,16 +529,22 @@ class HumanOmni(nn.Module):
         llm = read_llm_config(path / "config.json")
         found = find_tensors(path, folders)
         configs = {"llm": llm, **{name: read_encoder_config(name, folder, found) for name, folder in folders.items()}}
-
-        with torch.device("meta"):  # shapes only: the tensors that are read become the parameters
-            model = cls(configs)
+        check_layers(configs, found, path)
+        try:
+            with torch.device("meta"):  # shapes only: the tensors that are read become the parameters
+                model = cls(configs)
+        except (ArithmeticError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: no model has the sizes in its configurations ({error}); download them again") from error
         wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
         check_tensors(wanted, found, path, tied=model.lm_head is None)
         tensors, files = {}, {}
         for key in wanted:
             file, name, _ = found[key]
-            files[file] = files.get(file) or safe_open(file, "pt", device=str(device))
-            tensors[key] = files[file].get_tensor(name).to(dtype)
+            files[file] = files.get(file) or open_tensors(file, device)
+            tensor = files[file].get_tensor(name)
+            if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+                raise CheckpointError(f"{file}: {name} is {tensor.dtype}; float32, float16 and bfloat16 are read")
+            tensors[key] = tensor.to(dtype)
         model.load_state_dict(tensors, strict=True, assign=True)
         model.files = read_companions(path, folders)
         return model.eval()
@@ -533,31 +552,49 @@ class HumanOmni(nn.Module):
     def save_pretrained(self, path, dtype=None):
         """Write a directory that loads alone, under the published names. dtype: of the tensors, None as held.
 
-        It is written beside `path` and renamed when complete, so that a crash leaves the old one whole."""
+        It is written beside `path`, synced and renamed when complete: a crash or a full disk leaves the old one whole, under
+        its name or, if it comes between two renames, as PATH.old."""
         path = Path(path).absolute()
         if path.exists() and any(path.iterdir()) and not (path / "config.json").exists():
             raise CheckpointError(f"{path}: exists and is not a checkpoint, so it is not replaced; choose another directory")
-        temporary = path.with_name(path.name + ".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        temporary, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            self._write(temporary, dtype)
+            for file in (*temporary.rglob("*"), temporary):
+                sync(file)
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(path, old)
+            os.replace(temporary, path)
+            sync(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(f"{path}: cannot be written ({error}); what was there before is unharmed") from None
+
+    def _write(self, folder, dtype):
         tensors = {published_name(key): t.detach().to("cpu", dtype).contiguous() for key, t in self.state_dict().items()}
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         saved_dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         for name, config in self.configs.items():
-            folder = temporary if name == "llm" else temporary / name
-            folder.mkdir(exist_ok=True)
+            place = folder if name == "llm" else folder / name
+            place.mkdir(exist_ok=True)
             config = {**config, "torch_dtype": saved_dtype} if name == "llm" else config
-            (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+            (place / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         for name, content in self.files.items():
-            (temporary / name).write_bytes(content)
-        if path.exists():
-            old = path.with_name(path.name + ".old")
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(path, old)
-            os.replace(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
+            (folder / name).write_bytes(content)
+
+
+def sync(path):
+    """Wait until a file, or a folder's list of entries, is on the disk itself (not on Windows, which cannot be asked so)."""
+    if os.name == "posix":
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 class CheckpointError(ValueError):
@@ -625,31 +662,45 @@ def read_config(path):
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: not found; a checkpoint directory holds config.json, model.safetensors and a tokenizer") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}); download it again") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(config).__name__}")
     return config
 
 
+LARGEST = 2 ** 20  # of any size in a configuration: seven times the published vocabulary
+REAL = {"rms_norm_eps": (0, 1), "layer_norm_eps": (0, 1), "rope_theta": (1, 1e12)}  # the others are whole numbers
+
+
 def require_numbers(config, keys, path):
-    bad = [f"{key} is {config.get(key)!r}" for key in keys
-           if isinstance(config.get(key), bool) or not isinstance(config.get(key), (int, float)) or config[key] <= 0]
+    def fits(key, value):
+        if key in REAL:
+            return type(value) in (int, float) and REAL[key][0] < value < REAL[key][1]
+        return type(value) is int and 0 < value <= LARGEST  # type, not isinstance: True is an int
+
+    bad = [f"{key} is {config.get(key)!r}"[:200] for key in keys if not fits(key, config.get(key))]
     if bad:
-        raise CheckpointError(f"{path}: {', '.join(bad)}; expected positive numbers")
+        raise CheckpointError(f"{path}: {', '.join(bad)}; expected positive numbers, whole for sizes and up to {LARGEST}")
 
 
 def read_llm_config(path):
     """config.json of the checkpoint, if it is of the architecture that this file implements."""
     config = {"tie_word_embeddings": False, **read_config(path)}
     expected = {"model_type": "HumanOmni_qwen2", "mm_projector_type": "all_in_one_small", "mm_audio_projector_type": "mlp2x_gelu"}
-    for key, value in expected.items():
-        if config.get(key) != value:
+    usual = {"hidden_act": "silu", "rope_scaling": None, "mm_vision_select_feature": "patch"}  # may be left out
+    for key, value in {**expected, **usual}.items():
+        if config.get(key, usual.get(key)) != value:
             raise CheckpointError(f"{path}: {key} is {config.get(key)!r}, this model's is {value!r}")
-    require_numbers(config, LLM_SIZES, path)
+    require_numbers({"num_frames": 8, **config}, (*LLM_SIZES, "num_frames"), path)
+    select = config.get("mm_vision_select_layer", -2)
+    if type(config["tie_word_embeddings"]) is not bool or type(select) is not int or select >= 0 or config.get("num_frames", 8) > 512:
+        raise CheckpointError(f"{path}: tie_word_embeddings {config['tie_word_embeddings']!r}, mm_vision_select_layer {select!r}, num_frames "
+                              f"{config.get('num_frames', 8)} should be true or false, a negative whole number, and at most 512")
     D, heads, kv_heads = (config[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
-    if D % heads or heads % kv_heads:
-        raise CheckpointError(f"{path}: hidden_size {D}, num_attention_heads {heads}, num_key_value_heads {kv_heads} must divide")
+    if D % (2 * heads) or heads % kv_heads:
+        raise CheckpointError(f"{path}: hidden_size {D}, num_attention_heads {heads}, num_key_value_heads {kv_heads} must divide, "
+                              "and leave heads of even width")
     return config
 
 
@@ -657,7 +708,8 @@ def read_encoder_config(name, folder, found):
     """An encoder's config.json; sizes it does not state come from the shapes of its tensors (heads: width / 64)."""
     file, ours = folder / "config.json", ENCODERS[name][0]
     config = read_config(file) if file.exists() else {}
-    config = dict(config.get("vision_config", config))  # a dual encoder's file: the vision half, without its default values
+    if isinstance(config.get("vision_config"), dict):  # a dual encoder's file: the vision half, without its default values
+        config = config["vision_config"]
     shapes = {key[len(ours):]: shape for key, (_, _, shape) in found.items() if key.startswith(ours)}
     for key, from_shapes in SIZES[name].items():
         if key not in config:
@@ -667,18 +719,32 @@ def read_encoder_config(name, folder, found):
                 raise CheckpointError(f"{folder}: neither a config.json nor tensors tell the {name} encoder's {key}; "
                                       f"name its directory with --{name} DIR") from None
     require_numbers(config, SIZES[name], file)
+    width, heads = (config[key] for key in SIZES[name] if key in WIDTH_AND_HEADS)
+    if width % heads:
+        raise CheckpointError(f"{file}: a width of {width} cannot be split into {heads} heads")
     return config
 
 
-def open_tensors(file):
+WIDTH_AND_HEADS = ("hidden_size", "num_attention_heads", "d_model", "encoder_attention_heads")
+LAYERS = {"llm": "num_hidden_layers", "siglip": "num_hidden_layers", "whisper": "encoder_layers", "bert": "num_hidden_layers"}
+
+
+def check_layers(configs, found, path):
+    """Before anything is built: a layer has several tensors, so there cannot be more layers than tensors."""
+    for name, key in LAYERS.items():
+        if configs[name][key] > len(found):
+            raise CheckpointError(f"{path}: {key} of {name} is {configs[name][key]}, but there are only {len(found)} tensors")
+
+
+def open_tensors(file, device="cpu"):
     """A safetensors file, opened lazily; what is not one is named. Pickles are never opened."""
     try:
-        return safe_open(file, "pt")
+        return safe_open(file, "pt", device=str(device))
     except FileNotFoundError:
         raise CheckpointError(f"{file}: not found; weights are read from model.safetensors or model.safetensors.index.json "
                               "(convert .bin files first: they are pickles and never opened here)") from None
     except (SafetensorError, OSError) as error:
-        with open(file, "rb") as f:
+        with open(file if file.is_file() else os.devnull, "rb") as f:
             if f.read(40).startswith(b"version https://git-lfs"):
                 raise CheckpointError(f"{file}: a git-lfs pointer, not the weights; fetch them with `git lfs pull`") from None
         raise CheckpointError(f"{file}: not a complete safetensors file ({error}); download it again") from None
@@ -690,9 +756,10 @@ def tensor_files(folder):
     if not index.exists():
         return [folder / "model.safetensors"]
     weight_map = read_config(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{index}: has no weight_map; download it again")
-    return sorted({folder / str(name) for name in weight_map.values()})
+    names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
+    if not names or not all(Path(name).name == name and name.endswith(".safetensors") for name in names):
+        raise CheckpointError(f"{index}: its weight_map should name safetensors files beside it, not {names[:3]}; download it again")
+    return [folder / name for name in names]
 
 
 def find_tensors(path, folders):
@@ -709,6 +776,8 @@ def find_tensors(path, folders):
     found = {}
     for name, where in tensors(tensor_files(path)):
         ours = next((ours + name[len(theirs):] for ours, theirs in PUBLISHED.items() if name.startswith(theirs)), "?" + name)
+        if ours in found:
+            raise CheckpointError(f"{where[0]}: its {name} is in {found[ours][0]} too, as {found[ours][1]}; download the checkpoint again")
         found[ours] = where
     for encoder, folder in folders.items():
         if folder == path / encoder and not any(file.exists() for file in tensor_files(folder)):
@@ -749,4 +818,4 @@ def read_companions(path, folders):
     """The small files that make a checkpoint directory complete, to be written back when it is saved."""
     places = {"": path, **{name + "/": folder for name, folder in folders.items()}}
     return {prefix + name: (folder / name).read_bytes()
-            for prefix, folder in places.items() for name in COMPANIONS if (folder / name).exists()}
+            for prefix, folder in places.items() for name in COMPANIONS if (folder / name).is_file()}

@@ -40,7 +40,7 @@ from csv import DictReader
 from csv import Error as CsvError
 from pathlib import Path
 
-from data import QUESTION_LABEL, QUESTION_REASONING, DataError
+from data import QUESTION_LABEL, QUESTION_REASONING, DataError, is_file
 from evaluate import run
 from rewards import format_reward, normalise
 from toy import write_json
@@ -65,7 +65,7 @@ LABEL_OF = {form: label for label, forms in EMOTION_WORDS.items() for form in fo
 
 def read_text(path):
     """A file's text. UTF-8 with or without the mark that Excel puts at the start."""
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(f"{path}: no such file (--help shows what is expected in --root)")
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -103,7 +103,7 @@ def check_fold(fold):
 
 def first_existing(folder, names):
     """The first of these files that is there; if none is, the first, which will be reported as missing."""
-    return next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
+    return next((folder / name for name in names if is_file(folder / name)), folder / names[0])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def dfew(root, split, fold=1):
     path = root / "EmoLabel_DataSplit" / f"{split}(single-labeled)" / f"set_{fold}.csv"
     for where, row in read_csv(path, ("video_name", "label")):
         name = row["video_name"].strip()
-        if not re.fullmatch("[0-9]+", name):
+        if not re.fullmatch("[0-9]{1,9}", name):
             raise DataError(f"{where}: video_name {name!r} should be the number of a clip")
         clip = first_existing(root / "Clip" / "original", [f"{int(name):05d}.mp4", f"{int(name)}.mp4"])
         yield clip, label_of(row["label"].strip(), DFEW_LABELS, where)
@@ -157,7 +157,7 @@ def actor_numbers(text):
     """"1-3,21" -> [1, 2, 3, 21]"""
     numbers = set()
     for part in text.split(","):
-        match = re.fullmatch(r"\s*([0-9]+)(?:-([0-9]+))?\s*", part)
+        match = re.fullmatch(r"\s*([0-9]{1,4})(?:-([0-9]{1,4}))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if not 1 <= first <= last <= 24:
             raise DataError(f"--actors {text}: {part!r} is no actor or range from 1 to 24, such as 1-20 or 21,22,24")
@@ -251,7 +251,7 @@ def main(argv=None):
     if useless:
         print(f"{len(useless)} of {len(listed)} entries left out, without a text or an emotion word: {few(useless)}")
     clips = [(clip, target) for clip, target in listed if isinstance(target, str) or all(target)]
-    missing = [str(clip) for clip, _ in clips if not clip.is_file()]
+    missing = [str(clip) for clip, _ in clips if not is_file(clip)]
     if missing and not args.skip_missing:
         raise DataError(f"{len(missing)} of {len(clips)} clips are missing: {few(missing)}; mend "
                         f"--root{' or --videos' if 'videos' in takes else ''}, or leave them out with --skip-missing")

@@ -6,21 +6,24 @@
 Labels are all the supervision there is: the model samples G completions per clip, two rules score them (right emotion?
 right format?), and what did better than its group becomes more likely. One update, numbered as in the README:
 
-    1. sample G completions for each of B prompts     4. log-probabilities under policy and reference
+    1. sample G completions for each of B prompts     4. advantages within each group
     2. reward them                                    5. per-token KL
-    3. advantages within each group                   6. loss, backward, optimizer step
+    3. log-probabilities under policy and reference   6. loss, backward, optimizer step
 
 Without --preset, the flags' defaults are the toy's. Without --model, what the toy needs is made first and kept for the
 next run: clips and the cold start, under runs/toy.
 
 Writes to --out: last/ and best/ (checkpoints in the published layout; best by --val), metrics.jsonl, curves.png,
-results.json. Every metric is explained in the README.
+results.json; and state/ until the run is finished: stopped by whatever, the same command goes on with it. Every metric is
+explained in the README.
 """
 
-import gc
+import importlib
 import json
 import math
+import sys
 import time
+import traceback
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -29,18 +32,19 @@ import torch
 from tqdm import tqdm
 
 import toy
+from checkpoint import Run, TrainingFlags, all_finite, input_files
 from data import DataError, batches
-from evaluate import (Common, clips_of, compute, compute_dtype, decode, encode_clips, evaluate, flag, load, make_room, parse_flags,
+from evaluate import (TrainingError, clips_of, compute, compute_dtype, decode, encode_clips, evaluate, flag, load, parse_flags,
                       prompts_of, read_examples, run, score)
 from generate import Sampler
-from grpo import completion_logps, completion_mask, group_advantages, grpo_loss
+from grpo import completion_logps, completion_mask, group_advantages, grpo_loss, kl_in_reward
 from rewards import accuracy_reward, extract_answer, format_reward
 from train_sft import data_order, set_trainable
 
 matplotlib.use("Agg")  # draws to files; no display needed
 import matplotlib.pyplot as plt  # noqa: E402
 
-# The total reward is the sum of these (paper, eq. 5). A new one: a function (completion, label) -> float, and a line here.
+# The total reward is the sum of these (paper, eq. 5), and of those that --reward adds.
 REWARDS = {"accuracy": accuracy_reward, "format": lambda completion, label: format_reward(completion)}
 
 # How far two passes over the same tokens may differ in log-probability, mean over the tokens of the first update,
@@ -48,12 +52,12 @@ REWARDS = {"accuracy": accuracy_reward, "format": lambda completion, label: form
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 TOY_UPDATES = 100
-PRESETS = {"paper": dict(updates=0, epochs=2.0, prompts=16, group=8, max_new_tokens=512, lr=1e-6, beta=0.04,
+PRESETS = {"paper": dict(save_every=100, updates=0, epochs=2.0, prompts=16, group=8, max_new_tokens=512, lr=1e-6, beta=0.04,
                          updates_per_rollout=1, clip_norm=1.0)}
 
 
 @dataclass
-class Config(Common):
+class Config(TrainingFlags):
     val: tuple = flag((), "labelled manifests to evaluate on during training")
     test: tuple = flag((), "labelled manifests to evaluate on before and after")
     out: str = flag("runs/grpo", "where checkpoints, metrics and curves are written")
@@ -64,33 +68,70 @@ class Config(Common):
     prompts: int = flag(16, "B, prompts per update", least=1)
     group: int = flag(8, "G, completions per prompt: an advantage compares a completion with its group", least=2)
     max_new_tokens: int = flag(64, "longest completion", least=1)
+    reward: tuple = flag((), "further rewards, module:function each, with function(completion, label) -> float; the total is the sum")
     # the optimizer
     lr: float = flag(2.5e-4, "learning rate at the start; falls linearly to 0")
     beta: float = flag(0.04, "weight of the KL to the frozen starting point; 0: no reference is kept")
     clip_eps: float = flag(0.2, "PPO clip of the probability ratio, felt from the second step per rollout on")
+    # variants; the defaults are the paper's
+    kl: str = flag("loss", "where the KL counts: per token in the loss (k3), or summed up in the reward (k1); off: --beta 0",
+                   choices=("loss", "reward"))
+    std: bool = flag(True, "divide advantages by the group's standard deviation; --no-std is Dr. GRPO's")
+    token_mean: bool = flag(False, "average the loss over all tokens, not over completions (DAPO)")
+    clip_high: float = flag(0.0, "the clip above 1, if not --clip-eps (DAPO: 0.28)", least=0)
+    mask_truncated: bool = flag(False, "completions that are cut off do not count in the loss (DAPO)")
     updates_per_rollout: int = flag(1, "optimizer steps per rollout", least=1)
     clip_norm: float = flag(1.0, "largest gradient norm")
     compile: bool = flag(True, "on a GPU: compile the sampling step (needs a C compiler) and replay it as a CUDA graph")
+    micro_batch: int = flag(0, "completions scored at a time, to save memory; 0: the G of a prompt together", least=0)
     gradient_checkpointing: bool = flag(False, "keep less for the backward pass and compute it again: slower, smaller")
     cache_features: str = flag("", "folder that keeps the towers' output per clip (5 MB at full size), so that later epochs "
                                    "skip decoding and towers")
     # what is shown and kept
     val_every: int = flag(20, "updates between evaluations on --val", least=1)
     show_every: int = flag(10, "updates between printed samples; 0: none")
-    save_dtype: str = flag("bfloat16", "of the saved weights; on a GPU what is frozen is bfloat16 already",
-                           choices=("bfloat16", "float16", "float32"))
 
 
-def reward_completions(texts, labels):
-    """texts: B lists of G completions; labels: B -> {name: (B, G) float32}, one entry per reward function."""
-    return {name: torch.tensor([[function(text, label) for text in group] for group, label in zip(texts, labels)])
-            for name, function in REWARDS.items()}
+def find_rewards(names):
+    """REWARDS, and module:function of --reward; modules are looked for in the working directory first."""
+    rewards = dict(REWARDS)
+    for name in names:
+        module, _, function = name.partition(":")
+        sys.path.insert(0, "")
+        try:
+            rewards[function] = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise DataError(f"--reward {name}: cannot be found ({error}); give module:function, with module.py in this folder") from None
+        finally:
+            sys.path.pop(0)
+        if function in REWARDS or not callable(rewards[function]):
+            raise DataError(f"--reward {name}: must be a function (completion, label) -> float with a name of its own")
+    return rewards
+
+
+def reward_completions(functions, texts, labels):
+    """texts: B lists of G completions; labels: B -> {name: (B, G) float32}, one entry per reward function.
+
+    A function that raises, or returns anything but one finite number, is a TrainingError that quotes the completion."""
+    def reward(name, text, label):
+        try:
+            value = float(functions[name](text, label))
+            if math.isfinite(value):
+                return value
+            problem = f"returned {value}"
+        except Exception as error:  # whatever a foreign function may raise
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            problem = f"failed with {type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"
+        raise TrainingError(f"reward {name} {problem}, where one finite number was expected, for the label {label!r} and the completion\n{text}")
+
+    return {name: torch.tensor([[reward(name, text, label) for text in group] for group, label in zip(texts, labels)])
+            for name in functions}
 
 
 def assert_same_model(a, b, mask, dtype, what):
     """At the first update the policy has not moved: rollout, scoring and reference must agree on every token."""
-    gap = ((a - b).abs() * mask).sum() / mask.sum()
-    if not gap <= TOLERANCE[dtype]:
+    gap = (a - b)[mask].abs().mean()
+    if gap > TOLERANCE[dtype]:  # a NaN is found later, with what led to it
         raise RuntimeError(f"the first update's log-probabilities of {what} differ by {gap:.2e} per token on average "
                            f"(tolerance for {dtype}: {TOLERANCE[dtype]}): they are not the same model")
 
@@ -115,7 +156,7 @@ def show(example, texts, rewards, advantages, update):
     order = advantages.argsort()
     lines = [f"\nupdate {update} · {example.video} · label: {extract_answer(example.answer)}"]
     for i in dict.fromkeys((int(order[-1]), int(order[0]))):
-        parts = "  ".join(f"{name} {value[i]:.0f}" for name, value in rewards.items())
+        parts = "  ".join(f"{name} {value[i].item():.3g}" for name, value in rewards.items())
         lines.append(f"  [{parts}  advantage {advantages[i]:+.2f}]  " + texts[i].replace("\n", "\n    "))
     return "\n".join(lines)
 
@@ -123,12 +164,12 @@ def show(example, texts, rewards, advantages, update):
 def draw_curves(metrics, path):
     """The run as one picture."""
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.5))
-    panels = [("reward by component", [f"reward_{name}" for name in REWARDS]), ("KL to the reference (nats per token)", ["kl"]),
+    panels = [("reward by component", [name for name in metrics[0] if name.startswith("reward_")]), ("KL to the reference (nats per token)", ["kl"]),
               ("completion length (tokens)", ["completion_length"]), ("groups with equal rewards (share)", ["zero_spread"]),
               ("entropy (nats per token)", ["entropy"]), ("validation", ["val_war", "val_format"])]
     for axis, (title, names) in zip(axes.flat, panels):
         for name in names:
-            points = [(line["update"], line[name]) for line in metrics if name in line]
+            points = [(line["update"], line[name]) for line in metrics if line.get(name) is not None]
             axis.plot(*zip(*points) if points else ([], []), marker="o" if title == "validation" else None, label=name)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("update")
@@ -150,20 +191,32 @@ def main(argv=None):
         raise DataError("needs --data MANIFEST with --model")
 
     # Set-up: the policy holds float32 master weights; the reference shares the frozen towers and BERT with it.
+    rewards_of = find_rewards(config.reward)
     model, tokenizer, bert = load(config)
     device = model.device
-    parameters = set_trainable(model)
-    model.gradient_checkpointing = config.gradient_checkpointing
     on_gpu, dtype = device.type == "cuda", compute_dtype(device)
-    reference = model.trainable_copy(dtype) if config.beta else None
-    working_copy = model.trainable_copy(dtype) if dtype != torch.float32 else None  # sampled from; in float32 the policy itself is
-    sampler = None
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
     examples = read_examples(config.data, config)
     val = read_examples(config.val, config) if config.val else []
     tests = {Path(path).stem: read_examples([path], config) for path in config.test}
-    out = make_room(config.out)
-    out.mkdir(exist_ok=True)
+    config.updates = config.updates or math.ceil(config.epochs * len(examples) / config.prompts) or TOY_UPDATES
+    run = Run(config.out, config, input_files(config))  # refuses a folder where another run is unfinished
+    out = run.folder
+    parameters = set_trainable(model)
+    model.gradient_checkpointing = config.gradient_checkpointing
+    reference = model.trainable_copy(dtype) if config.beta else None
+    working_copy = model.trainable_copy(dtype) if dtype != torch.float32 else None  # sampled from; in float32 the policy itself is
+    optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=0.0, fused=True)
+    # The sampler's buffers are the largest thing of all: if they do not fit, let it be now.
+    asked = {(e.question, e.modality): e for e in examples}.values()
+    longest = max(model.prompt_length(tokenizer.prompt_ids(e.question, e.modality)) for e in asked)
+    sampler = Sampler(model, config.prompts, config.group, longest, config.max_new_tokens, eos_token_id=tokenizer.eos_token_id,
+                      copy=working_copy, compiled=on_gpu and config.compile)
+    if sampler.compiled:
+        print("compiling the sampling step: minutes, once per run")
+    with compute(model):
+        sampler.warm_up()
+
+    run.track(parameters, optimizer)
     skip_log = out / "skipped.txt" if config.on_bad_clip == "skip" else None
 
     def evaluate_on(name, examples, title):
@@ -174,16 +227,15 @@ def main(argv=None):
     def test_all(when):
         return {name: evaluate_on(name, test, f"{name}, {when}") for name, test in tests.items()}
 
-    before = test_all("before")
-    config.updates = config.updates or math.ceil(config.epochs * len(examples) / config.prompts) or TOY_UPDATES
+    if "before" not in run.facts:
+        run.facts |= {"before": test_all("before"), "clips": 0, "best_war": -1.0}
+        run.save()
     order = data_order(len(examples), config.updates * config.prompts / len(examples), config.seed)
     clips_ahead = batches(clips_of(model, examples, config.fit, config.cache_features), order, config.prompts, config.workers,
-                          skip_log=skip_log)
-    metrics, best_war, start = [], -1.0, time.perf_counter()
-    with open(out / "metrics.jsonl", "w", encoding="utf-8") as metrics_file:
-        metrics_file.write(json.dumps({"config": asdict(config)}, default=str) + "\n")
-        progress = tqdm(total=config.updates, desc="grpo", unit="update")
-        for update in range(1, config.updates + 1):
+                          skip_log=skip_log, start=run.facts["clips"] // config.prompts)
+    start = time.perf_counter()
+    with tqdm(total=config.updates, initial=run.step, desc="grpo", unit="update") as progress:
+        for update in run.steps(config.updates):
             phases = Phases(device)
             clips = next(clips_ahead, None)
             if clips is None:  # bad clips were left out at the very end
@@ -201,15 +253,6 @@ def main(argv=None):
             # 1. Sample: B x G completions in one go.
             with torch.no_grad(), compute(model):
                 prompts = prompts_of(model, tokenizer, bert, batch, (video, audio))
-                longest = max(map(len, prompts))
-                if sampler is None or longest > sampler.P:  # its buffers are the largest thing: made first, and once
-                    sampler = None  # the old ones go before the new ones come
-                    gc.collect()
-                    sampler = Sampler(model, config.prompts, G, 64 * math.ceil(longest / 64), config.max_new_tokens,
-                                      eos_token_id=tokenizer.eos_token_id, copy=working_copy, compiled=on_gpu and config.compile)
-                    if sampler.compiled:
-                        tqdm.write("compiling the sampling step: minutes, once per run")
-                    sampler.warm_up()
                 sampler.refresh()
                 ids, sampled_logps = sampler(prompts, seed=config.seed * 1_000_003 + update)
             C = ids.shape[-1]
@@ -219,53 +262,77 @@ def main(argv=None):
             # 2. Reward.
             decoded = [[decode(tokenizer, row) for row in group] for group in ids.cpu()]
             texts = [[text for text, _ in group] for group in decoded]
-            rewards = reward_completions(texts, [extract_answer(example.answer) for example in batch])
+            rewards = reward_completions(rewards_of, texts, [extract_answer(example.answer) for example in batch])
             total = sum(rewards.values())  # (B, G), eq. 5
 
-            # 3. Advantages within each group.
-            advantages = group_advantages(total).to(device)  # (B, G), eq. 4
+            # 3. Log-probabilities that stay fixed while the policy moves: of the reference, and, if the rollout serves
+            #    several steps, of the policy that sampled. Prompt by prompt, G completions against one prompt (or fewer,
+            #    with --micro-batch), and not beyond the longest of them.
+            lengths, size = mask.sum(-1).cpu(), config.micro_batch or G
+            pieces = [(b, slice(g, g + size), int(lengths[b, g:g + size].max())) for b in range(B) for g in range(0, G, size)]
 
-            # 4. Log-probabilities that stay fixed while the policy moves: of the reference, and, if the rollout serves
-            #    several steps, of the policy that sampled. Prompt by prompt: G completions against one prompt.
-            #    The prompt is embedded anew each time: its video and audio tokens come from projectors that train.
-            def score_group(scored, b):
+            def score_piece(scored, b, rows, C):
+                # The prompt is embedded anew each time: its video and audio tokens come from projectors that train.
                 prompt, = prompts_of(scored, tokenizer, bert, [batch[b]], features[b])
-                return completion_logps(scored, prompt, ids[b])  # (G, C)
+                return completion_logps(scored, prompt, ids[b, rows, :C])  # (rows, C)
+
+            def score_all(scored):
+                logps = torch.zeros_like(sampled_logps)  # (B, G, C); 0 behind the end
+                for b, rows, C in pieces:
+                    logps[b, rows, :C] = score_piece(scored, b, rows, C)
+                return logps
 
             with torch.no_grad(), compute(model):
-                ref_logps = [score_group(reference, b) for b in range(B)] if reference else [None] * B
-                old_logps = [score_group(model, b) for b in range(B)] if config.updates_per_rollout > 1 or update == 1 else [None] * B
+                ref_logps = score_all(reference) if reference else None
+                old_logps = score_all(model) if config.updates_per_rollout > 1 or update == 1 else None
             phases.end("score")
             if update == 1:
-                assert_same_model(torch.stack(old_logps), sampled_logps, mask, dtype, "rollout and scoring")
+                assert_same_model(old_logps, sampled_logps, mask, dtype, "rollout and scoring")
                 if reference:
-                    assert_same_model(torch.stack(old_logps), torch.stack(ref_logps), mask, dtype, "policy and reference")
+                    assert_same_model(old_logps, ref_logps, mask, dtype, "policy and reference")
             if config.updates_per_rollout == 1:
-                old_logps = [None] * B  # one step per rollout: the policy that sampled is the policy that is scored
+                old_logps = None  # one step per rollout: the policy that sampled is the policy that is scored
 
-            # 5., 6. KL and loss. Gradients add up prompt by prompt; B*G, the number of completions of the whole update,
+            # 4. Advantages within each group.
+            if config.kl == "reward":
+                total = kl_in_reward(total, sampled_logps.cpu(), ref_logps.cpu(), mask.cpu(), config.beta)
+            advantages = group_advantages(total, scale=config.std).to(device)  # (B, G), eq. 4
+
+            # 5., 6. KL and loss. Gradients add up prompt by prompt; the number of completions of the whole update
             #        normalises each part, so that the sum is the update's mean.
+            counted = mask
+            if config.mask_truncated:
+                counted = mask & torch.tensor([[ended for _, ended in group] for group in decoded], device=device)[..., None]
+            total_count = counted.sum().clamp(min=1) if config.token_mean else B * G
+            beta = config.beta if config.kl == "loss" else 0.0
             lr = config.lr * (1 - (update - 1) / config.updates)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             line = dict.fromkeys(("loss", "kl", "clip_share", "grad_norm"), 0.0)  # averages over the rollout's steps
             for _ in range(config.updates_per_rollout):
-                for b in range(B):
-                    if not config.beta and not advantages[b].any():
+                for b, rows, C in pieces:
+                    if not beta and not advantages[b, rows].any():
                         continue  # equal rewards and no KL: the gradient is exactly 0
                     with compute(model):
-                        logps = score_group(model, b)
-                    loss, parts = grpo_loss(logps, old_logps[b], ref_logps[b], advantages[b], mask[b], config.beta,
-                                            config.clip_eps, num_completions=B * G)
+                        logps = score_piece(model, b, rows, C)
+                    old, ref = (None if fixed is None else fixed[b, rows, :C] for fixed in (old_logps, ref_logps))
+                    loss, parts = grpo_loss(logps, old, ref, advantages[b, rows], counted[b, rows, :C], beta, config.clip_eps,
+                                            clip_high=config.clip_high or None, token_mean=config.token_mean, total=total_count)
                     loss.backward()
                     for name, value in {"loss": loss.detach(), "kl": parts["kl"], "clip_share": parts["clip_share"]}.items():
                         line[name] += value.item() / config.updates_per_rollout
                 phases.end("backward")
-                norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+                norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm)
                 line["grad_norm"] += norm.item() / config.updates_per_rollout
-                optimizer.step()
+                good = all_finite({"sampled log-probabilities": sampled_logps[mask], "loss": line["loss"], "gradient norm": norm},
+                                  out / f"nonfinite_{update:06}.json",
+                                  {"update": update, "prompts": batch, "completions": texts, "rewards": rewards}, config.skip_nonfinite)
+                if good:
+                    optimizer.step()
                 optimizer.zero_grad()
                 phases.end("optimizer")
+                if not good:
+                    break
 
             # Log the whole update.
             seconds, tokens = sum(phases.seconds.values()), int(mask.sum())
@@ -274,7 +341,7 @@ def main(argv=None):
                     **line, "entropy": (-(sampled_logps * mask).sum(-1) / mask.sum(-1)).mean().item(),
                     "completion_length": tokens / (B * G),
                     "truncated": sum(not ended for group in decoded for _, ended in group) / (B * G),
-                    "zero_spread": (total.std(dim=1) == 0).float().mean().item(), "lr": lr,
+                    "zero_spread": (total.std(dim=1) == 0).float().mean().item(), "lr": lr, "steps_left_out": int(not good),
                     "seconds": seconds, **{f"seconds_{phase}": value for phase, value in phases.seconds.items()},
                     "tokens_per_second": tokens / seconds}
             if on_gpu:
@@ -286,33 +353,32 @@ def main(argv=None):
                 result = evaluate_on("validation", val, "validation")
                 line.update(val_war=result["war"], val_uar=result["uar"], val_format=result["format"])
                 tqdm.write(f"\nupdate {update} · validation WAR {100 * result['war']:.1f}  format {100 * result['format']:.1f} %")
-                if result["war"] >= best_war:  # of equals the later: it has seen more
-                    best_war = result["war"]
+                if result["war"] >= run.facts["best_war"]:  # of equals the later: it has seen more
+                    run.facts["best_war"] = result["war"]
                     model.save_pretrained(out / "best", getattr(torch, config.save_dtype))
-            metrics.append(line)
-            metrics_file.write(json.dumps(line) + "\n")
-            metrics_file.flush()
+            run.facts["clips"] = (clips[-1]["position"] // config.prompts + 1) * config.prompts
+            run.log(line)
             progress.update()
             progress.set_postfix({name: f"{value.mean():.2f}" for name, value in rewards.items()}, kl=f"{line['kl']:.3f}",
                                  len=f"{line['completion_length']:.0f}", tok_s=f"{line['tokens_per_second']:.0f}")
-        progress.close()
 
     model.save_pretrained(out / "last", getattr(torch, config.save_dtype))
-    draw_curves(metrics, out / "curves.png")
+    draw_curves(run.metrics, out / "curves.png")
     if (out / "best").exists():  # report the checkpoint that validation chose
-        model = reference = working_copy = sampler = optimizer = parameters = None  # make room for it
+        model = reference = working_copy = sampler = optimizer = parameters = run.parameters = run.optimizer = None  # make room for it
         model, tokenizer, bert = load(replace(config, model=out / "best", siglip="", whisper="", bert=""))
-    after = test_all("after")
-    results = {"config": asdict(config), "before": before, "after": after}
-    (out / "results.json").write_text(json.dumps(results, indent=1, default=str) + "\n")
+    before, after = run.facts["before"], test_all("after")
+    (out / "results.json").write_text(json.dumps({"config": asdict(config), "before": before, "after": after}, indent=1, default=str) + "\n")
+    run.finish()
     if tests:
         print(f"\n{'':10}{'':8}{'WAR':>8}{'UAR':>8}{'format':>8}{'length':>8}")
     for name in tests:
         for when, results in (("before", before), ("after", after)):
             r = results[name]
             print(f"{name:10}{when:8}{100 * r['war']:8.2f}{100 * r['uar']:8.2f}{100 * r['format']:8.1f}{r['mean_length']:8.1f}")
-    print(f"\n{len(metrics)} updates in {time.perf_counter() - start:.0f} s; checkpoints, metrics.jsonl, curves.png, results.json in {out}")
+    print(f"\n{len(run.metrics)} updates, the last {progress.n - progress.initial} in {time.perf_counter() - start:.0f} s; checkpoints, "
+          f"metrics.jsonl, curves.png, results.json in {out}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ("--gradient-checkpointing", "--micro-batch", "a smaller --max-new-tokens", "a smaller --group", "fewer --prompts", "--beta 0"))

@@ -8,29 +8,30 @@ Each answer's tokens, and the end-of-turn behind them, are predicted from the cl
 mean negative log-likelihood. What trains: language model, projectors and gate; with --train-towers the SigLIP and
 Whisper towers too (only a model made from nothing needs that). BERT never trains.
 
-Writes to --out: the checkpoint in the published layout, and metrics.jsonl.
+Writes to --out: the checkpoint in the published layout, and metrics.jsonl. Until it is finished a run lives beside that,
+in OUT.run; stopped by whatever, the same command goes on with it.
 """
 
-import json
 import math
-from dataclasses import asdict, dataclass
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from checkpoint import Run, TrainingFlags, all_finite, input_files, make_room
 from data import DataError, batches
-from evaluate import (Common, clips_of, compute, compute_dtype, encode_clips, flag, load, make_room, parse_flags, question_inputs,
-                      read_examples, run)
+from evaluate import clips_of, compute, compute_dtype, encode_clips, flag, load, parse_flags, question_inputs, read_examples, run
 from grpo import chunked_logps
 
 
-PRESETS = {"paper": dict(epochs=5.0, steps=0, batch_size=16, lr=2e-5, clip_norm=1.0)}
+PRESETS = {"paper": dict(save_every=50, epochs=5.0, steps=0, batch_size=16, lr=2e-5, clip_norm=1.0)}
 
 
 @dataclass
-class Config(Common):
+class Config(TrainingFlags):
     question: str = flag("manifest", "manifest (each entry's own), reasoning, label, or the text of a question")
     out: str = flag("runs/sft", "where the checkpoint and metrics.jsonl are written")
     preset: str = flag("none", "paper: the published cold start's epochs, batch size and learning rate", choices=("none", "paper"))
@@ -41,18 +42,16 @@ class Config(Common):
     lr: float = flag(2e-5, "peak learning rate: 3 % linear warm-up, then cosine to 0")
     clip_norm: float = flag(1.0, "largest gradient norm")
     train_towers: bool = flag(False, "train the vision and audio towers too")
-    save_dtype: str = flag("bfloat16", "of the saved weights; on a GPU what is frozen is bfloat16 already",
-                           choices=("bfloat16", "float16", "float32"))
 
 
 def set_trainable(model, towers=False):
-    """Freeze BERT, and the towers unless they are to train; returns the parameters that train."""
+    """Freeze BERT, and the towers unless they are to train; returns name -> parameter of what trains."""
     frozen = [model.bert_model] if towers else [model.bert_model, model.vision_tower, model.audio_tower]
     model.requires_grad_(True)
     for encoder in frozen:
         encoder.requires_grad_(False)
         encoder.to(compute_dtype(model.device))  # float32 is for what takes small steps
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def data_order(n, epochs, seed):
@@ -81,61 +80,63 @@ def cosine(step, steps, warmup=0.03):
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def skipped_file(config):
-    """Where skipped clips are listed while --out does not exist yet."""
-    return Path(config.out).with_name(Path(config.out).name + ".skipped.txt")
-
-
-def train(config, model, tokenizer, bert, examples):
-    """The loop; yields a dict of metrics after each optimizer step."""
-    parameters = set_trainable(model, config.train_towers)
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
-    epochs = config.epochs if not config.steps else config.steps * config.batch_size / len(examples)
-    order = data_order(len(examples), epochs, config.seed)
-    steps = math.ceil(len(order) / config.batch_size)
-    if not order:
-        raise DataError("nothing to train: --epochs is too small, and no --steps are given")
-    skipped_file(config).unlink(missing_ok=True)  # of a run that did not finish
-    skip_log = skipped_file(config) if config.on_bad_clip == "skip" else None
-    decoded = batches(clips_of(model, examples, config.fit), order, config.batch_size, config.workers, skip_log=skip_log)
-    for step, clips in enumerate(tqdm(decoded, total=steps, desc=f"sft {Path(config.out).name}", unit="step")):
-        batch = [examples[clip["index"]] for clip in clips]
-        targets = [tokenizer.sft_ids(e.question, e.answer, e.modality) for e in batch]  # (ids, labels) each
-        answers = [torch.tensor([label for label in labels if label >= 0], device=model.device) for _, labels in targets]
-        num_tokens = sum(map(len, answers))
-        loss = 0.0
-        size = config.micro_batch or len(batch)
-        for start in range(0, len(batch), size):
-            part = slice(start, start + size)
-            with compute(model):
-                features = encode_clips(model, clips[part])
-                rows = model.embed_prompts([ids for ids, _ in targets[part]], *features, *question_inputs(model, bert, batch[part]))
-                part_loss = sft_loss(model, rows, answers[part], num_tokens)
-            part_loss.backward()
-            loss += part_loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm).item()
-        lr = config.lr * cosine(step, steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
-        yield {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr}
-
-
 def main(argv=None):
     config = parse_flags(Config, __doc__, argv, PRESETS)
     if not config.model or not config.data:
         raise DataError("needs --model DIR and --data MANIFEST")
     model, tokenizer, bert = load(config)
     examples = read_examples(config.data, config)
-    metrics = list(train(config, model, tokenizer, bert, examples))
+    epochs = config.epochs if not config.steps else config.steps * config.batch_size / len(examples)
+    order = data_order(len(examples), epochs, config.seed)
+    steps = math.ceil(len(order) / config.batch_size)
+    if not order:
+        raise DataError("nothing to train: --epochs is too small, and no --steps are given")
+    parameters = set_trainable(model, config.train_towers)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=0.0, fused=True)
+    run = Run(f"{config.out}.run", config, input_files(config))
+    run.track(parameters, optimizer)
+    decoded = batches(clips_of(model, examples, config.fit), order, config.batch_size, config.workers,
+                      skip_log=run.folder / "skipped.txt" if config.on_bad_clip == "skip" else None,
+                      start=run.facts.get("clips", 0) // config.batch_size)
+    with tqdm(total=steps, initial=run.step, desc=f"sft {Path(config.out).name}", unit="step") as progress:
+        for step, clips in zip(run.steps(steps), decoded):
+            batch = [examples[clip["index"]] for clip in clips]
+            targets = [tokenizer.sft_ids(e.question, e.answer, e.modality) for e in batch]  # (ids, labels) each
+            answers = [torch.tensor([label for label in labels if label >= 0], device=model.device) for _, labels in targets]
+            num_tokens = sum(map(len, answers))
+            loss = 0.0
+            size = config.micro_batch or len(batch)
+            for start in range(0, len(batch), size):
+                part = slice(start, start + size)
+                with compute(model):
+                    features = encode_clips(model, clips[part])
+                    rows = model.embed_prompts([ids for ids, _ in targets[part]], *features, *question_inputs(model, bert, batch[part]))
+                    part_loss = sft_loss(model, rows, answers[part], num_tokens)
+                part_loss.backward()
+                loss += part_loss.item()
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm).item()
+            lr = config.lr * cosine(step - 1, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            good = all_finite({"loss": loss, "gradient norm": norm}, run.folder / f"nonfinite_{step:06}.json",
+                              {"step": step, "examples": batch}, config.skip_nonfinite)
+            if good:
+                optimizer.step()
+            optimizer.zero_grad()
+            run.facts["clips"] = (clips[-1]["position"] // config.batch_size + 1) * config.batch_size
+            run.log({"step": step, "loss": loss, "grad_norm": norm, "lr": lr, "steps_left_out": int(not good)})
+            progress.update()
+
+    # The checkpoint is made ready in the run's folder and moved to its place whole.
+    model.save_pretrained(run.folder / "checkpoint", getattr(torch, config.save_dtype))
+    for file in (run.folder / "metrics.jsonl", *run.folder.glob("*.txt"), *run.folder.glob("nonfinite_*.json")):
+        shutil.copy(file, run.folder / "checkpoint")
     out = make_room(config.out)
-    model.save_pretrained(out, getattr(torch, config.save_dtype))
-    (out / "metrics.jsonl").write_text("".join(json.dumps(line, default=str) + "\n" for line in [{"config": asdict(config)}, *metrics]))
-    if skipped_file(config).exists():
-        skipped_file(config).rename(out / "skipped.txt")
-    print(f"loss {metrics[0]['loss']:.3f} -> {metrics[-1]['loss']:.3f}; checkpoint in {out}")
+    (run.folder / "checkpoint").rename(out)
+    run.finish()
+    shutil.rmtree(run.folder)
+    print(f"loss {run.metrics[0]['loss']:.3f} -> {run.metrics[-1]['loss']:.3f}; checkpoint in {out}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ("a smaller --micro-batch",))

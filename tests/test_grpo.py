@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import relative_error
 
-from grpo import completion_logps, completion_mask, group_advantages, grpo_loss, per_token_kl, token_logps
+from grpo import completion_logps, completion_mask, group_advantages, grpo_loss, kl_in_reward, per_token_kl, token_logps
 from train_sft import set_trainable
 
 LOG2 = math.log(2)
@@ -98,11 +98,12 @@ def test_parts_of_an_update_add_up_to_the_update():
     logps, old, ref = (torch.randn(6, 4) * 0.3 - 1 for _ in range(3))
     mask, advantages = torch.rand(6, 4) > 0.3, torch.randn(6)
     mask[:, 0] = True
-    whole, metrics = grpo_loss(logps, old, ref, advantages, mask)
-    parts = [grpo_loss(logps[s], old[s], ref[s], advantages[s], mask[s], num_completions=6) for s in (slice(0, 2), slice(2, 6))]
-    assert torch.isclose(sum(loss for loss, _ in parts), whole)
-    for name, value in metrics.items():
-        assert torch.isclose(sum(part[name] for _, part in parts), value), name
+    for variant, total in ({}, 6), ({"token_mean": True}, mask.sum()):
+        whole, metrics = grpo_loss(logps, old, ref, advantages, mask, **variant)
+        parts = [grpo_loss(logps[s], old[s], ref[s], advantages[s], mask[s], total=total, **variant) for s in (slice(0, 2), slice(2, 6))]
+        assert torch.isclose(sum(loss for loss, _ in parts), whole)
+        for name in ("kl", "clip_share"):
+            assert torch.isclose(sum(part[name] for _, part in parts), metrics[name]), name
 
 
 def test_mask_counts_up_to_and_including_the_first_eos():
@@ -110,6 +111,48 @@ def test_mask_counts_up_to_and_including_the_first_eos():
     expected = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]).bool()
     assert torch.equal(completion_mask(ids, 9), expected)
     assert completion_mask(ids, None).all()
+
+
+# --- variants, by hand
+
+
+def test_advantages_without_the_std():
+    advantages = group_advantages(torch.tensor([[0.0, 1.0, 2.0, 1.0], [0.0, 0.0, 0.0, 1.0]]), scale=False)
+    assert torch.equal(advantages, torch.tensor([[-1.0, 0.0, 1.0, 0.0], [-0.25, -0.25, -0.25, 0.75]]))
+
+
+def test_token_mean_weighs_every_token_the_same():
+    logps = torch.zeros(2, 3, requires_grad=True)
+    loss, _ = grpo_loss(logps, None, None, torch.tensor([1.0, -1.0]), torch.tensor([[1, 1, 1], [1, 0, 0]]), beta=0.0, token_mean=True)
+    loss.backward()
+    assert loss.item() == -0.5  # -(3 * 1 - 1) / 4 tokens
+    assert torch.allclose(logps.grad, torch.tensor([[-0.25, -0.25, -0.25], [0.25, 0, 0]]))
+
+
+@pytest.mark.parametrize("ratio, value, has_gradient", [(1.25, 1.25, True), (1.5, 1.28, False), (0.5, 0.5, True)])
+def test_a_higher_clip_lets_good_tokens_rise_further(ratio, value, has_gradient):
+    logps = torch.full((1, 1), math.log(ratio), requires_grad=True)
+    loss, _ = grpo_loss(logps, torch.zeros(1, 1), None, torch.ones(1), torch.ones(1, 1), beta=0.0, clip_high=0.28)
+    loss.backward()
+    assert torch.isclose(-loss, torch.tensor(value)) and bool(logps.grad) == has_gradient
+    # The other side is clip_eps, as ever.
+    loss, _ = grpo_loss(torch.full((1, 1), math.log(0.5)), torch.zeros(1, 1), None, -torch.ones(1), torch.ones(1, 1), beta=0.0, clip_high=0.28)
+    assert torch.isclose(loss, torch.tensor(0.8))
+
+
+def test_completions_left_out_of_the_mask_have_no_gradient():
+    logps = torch.zeros(2, 2, requires_grad=True)
+    loss, metrics = grpo_loss(logps, None, None, torch.tensor([1.0, -1.0]), torch.tensor([[1, 1], [0, 0]]), beta=0.0)
+    loss.backward()
+    assert torch.equal(logps.grad, torch.tensor([[-0.25, -0.25], [0.0, 0.0]])) and loss.item() == -0.5
+
+
+def test_kl_in_the_reward():
+    rewards = torch.tensor([[1.0, 0.0]])
+    logps, ref = torch.tensor([[[-1.0, -2.0], [-1.0, -torch.inf]]]), torch.tensor([[[-2.0, -4.0], [-0.5, 0.0]]])
+    mask = torch.tensor([[[True, True], [True, False]]])
+    # log-ratios 1 + 2 and -0.5; what the mask leaves out does not count
+    assert torch.allclose(kl_in_reward(rewards, logps, ref, mask, beta=0.1), torch.tensor([[0.7, 0.05]]))
 
 
 # --- the original's numbers

@@ -1,7 +1,9 @@
 """Does it learn? A small policy must go from bad to good by rewards alone."""
 
+import runpy
+
 import torch
-from conftest import small_llm_config
+from conftest import ROOT, small_llm_config
 
 from generate import sample
 from grpo import completion_logps, completion_mask, group_advantages, grpo_loss
@@ -32,9 +34,17 @@ def test_grpo_learns_which_word_to_say_and_to_stop():
         advantages = group_advantages(rewards)
         for prompt, group, advantage in zip(prompts, ids, advantages):
             logps = completion_logps(model, prompt, group)
-            loss, _ = grpo_loss(logps, None, None, advantage, completion_mask(group, EOS), beta=0.0, num_completions=64)
+            loss, _ = grpo_loss(logps, None, None, advantage, completion_mask(group, EOS), beta=0.0, total=64)
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     assert sum(history[:5]) / 5 < 0.4, history[:5]
     assert sum(history[-5:]) / 5 > 0.8, history[-5:]
+
+
+def test_the_example_learns_and_is_short():
+    """grpo.py and rewards.py lifted into another project, with another kind of model."""
+    path = ROOT / "examples" / "lift_grpo.py"
+    history = runpy.run_path(str(path))["main"]()
+    assert sum(history[:9]) / 9 < 1.5 and sum(history[-9:]) / 9 > 1.8  # of 2; the format alone is 1
+    assert len(path.read_text().splitlines()) <= 80
