@@ -670,11 +670,12 @@ def _load_ahead(dataset, order, workers, ahead):
     try:
         for _ in range(workers):
             ours, theirs = multiprocessing.Pipe()
-            team.append((ours, multiprocessing.Process(target=_work, args=(dataset, theirs), daemon=True)))
-            with _signals_wait():
-                team[-1][1].start()
+            process = multiprocessing.Process(target=_work, args=(dataset, theirs), daemon=True)
+            with _signals_wait():           # a team holds only what has been started, and all of that
+                process.start()
+                team.append((ours, process))
             theirs.close()
-            atexit.register(team[-1][1].kill)           # at the latest
+            atexit.register(process.kill)                   # at the latest
         for place in range(len(order) + ahead):
             if place < len(order):
                 with contextlib.suppress(OSError):      # a dead worker: said when its turn comes
