@@ -37,7 +37,7 @@ from generate import generate
 from grpo import completion_mask
 from model import CheckpointError, HumanOmni
 from rewards import extract_answer, format_reward
-from toy import read_statements
+from toy import follows, read_statements
 
 matplotlib.use("Agg")  # draws to files; no display needed
 import matplotlib.pyplot as plt  # noqa: E402
@@ -277,7 +277,8 @@ ALIASES = {"anger": "angry", "happiness": "happy", "joy": "happy", "joyful": "ha
 def score(rows, aliases=False):
     """Rows of `evaluate` -> metrics. With aliases, words of ALIASES count as the label they stand for.
 
-    Rows of the toy also say what face and voice did; then the share of true statements in the reasoning is known."""
+    Rows of the toy also say what face and voice did. Then it is known what the paper can only ask (section 5.2): how often
+    the statements in <think> are true, and how often the answer follows from them, true or not."""
     if not rows:
         raise DataError("no clip could be evaluated")
     same = ALIASES.get if aliases else lambda word, default: default
@@ -304,6 +305,7 @@ def score(rows, aliases=False):
         stated = [read_statements(row["completion"]) for row in rows]
         metrics["face_true"] = sum(face == row["face"] for (face, _), row in zip(stated, rows)) / n
         metrics["voice_true"] = sum(voice == row["voice"] for (_, voice), row in zip(stated, rows)) / n
+        metrics["follows"] = sum(follows(row["completion"], extract_answer(row["completion"])) for row in rows) / n
     return metrics
 
 
@@ -329,7 +331,8 @@ def report(metrics):
              f"format {100 * metrics['format']:.1f} %   mean length {metrics['mean_length']:.1f} tokens",
              f"unknown words {metrics['unknown']}   unformatted {metrics['unformatted']}   truncated {metrics['truncated']}"]
     if "face_true" in metrics:
-        lines.append(f"statements true: face {100 * metrics['face_true']:.1f} %   voice {100 * metrics['voice_true']:.1f} %")
+        lines.append(f"statements true: face {100 * metrics['face_true']:.1f} %   voice {100 * metrics['voice_true']:.1f} %"
+                     f"   answer follows from them: {100 * metrics['follows']:.1f} %")
     labels, table = confusion_counts(metrics)
     width = max(map(len, [*labels, "unknown"])) + 1
     lines += ["", "recall, and how often each answer was given (rows: truth)",

@@ -93,6 +93,12 @@ def read_statements(completion):
     return cue("In the video", FACE_TEXT), cue("In the audio", VOICE_TEXT)
 
 
+def follows(completion, answer):
+    """Does the answer follow from what the completion states: a word, any word, for the emotion of that face and voice?"""
+    emotion = EMOTION_OF.get(read_statements(completion))
+    return emotion is not None and answer in WORDS[emotion]
+
+
 def reasoned(face, voice, word):
     """A full answer: the statements in <think>, the word in <answer>."""
     return f"<think>{statements(face, voice)}</think>\n<answer>{word}</answer>"

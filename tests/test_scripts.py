@@ -326,6 +326,7 @@ def test_statements_are_checked_against_what_face_and_voice_did():
     result = evaluate.score([{**row, "index": 0} for row in rows])
     assert (result["n"], result["completions"]) == (1, 2)  # two samples of one clip
     assert result["face_true"] == 0.5 and result["voice_true"] == 1.0
+    assert result["follows"] == 0.5  # a frown and a high, fast voice are no emotion's
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -65,6 +65,15 @@ def test_read_statements_inverts_statements():
     assert toy.read_statements("") == (None, None)
 
 
+def test_follows():
+    think = "<think>In the video, {}. In the audio, {}.</think>\n<answer>"
+    wide, high = toy.FACE_TEXT["wide"], toy.VOICE_TEXT["high_fast"]
+    assert all(toy.follows(think.format(wide, high), word) for word in toy.WORDS["surprise"])  # any of its words
+    assert not toy.follows(think.format(wide, high), "fear")
+    assert not toy.follows(think.format(toy.FACE_TEXT["flat"], high), "happy")  # no emotion has this face and this voice
+    assert not toy.follows("<answer>surprise</answer>", "surprise")  # nothing to follow from
+
+
 # --- manifests
 
 @pytest.mark.parametrize("split", toy.SPLITS)
