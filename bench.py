@@ -396,7 +396,8 @@ def peak_gib():
 def load_and_answer(folder, clip, tokens, dtype):
     """Load the checkpoint and answer about one clip; returns seconds and GiB."""
     from data import QUESTION_REASONING, Example, batches
-    from evaluate import Config, clips_of, encode_clips, load, prompts_of
+    from common import clips_of, encode_clips, load, prompts_of
+    from evaluate import Config
     from generate import generate
     figures, before = {"start_gib": peak_gib()}, time.perf_counter()
     model, tokenizer, bert = load(Config(model=folder), dtype=getattr(torch, dtype))

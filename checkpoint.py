@@ -31,8 +31,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data import DataError
-from evaluate import Common, TrainingError, flag
+from common import Common, flag
+from errors import DataError, TrainingError
 from model import CheckpointError, sync
 
 try:

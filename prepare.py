@@ -40,8 +40,9 @@ from csv import DictReader
 from csv import Error as CsvError
 from pathlib import Path
 
-from data import QUESTION_LABEL, QUESTION_REASONING, DataError, is_file
-from evaluate import run
+from common import run
+from data import QUESTION_LABEL, QUESTION_REASONING
+from errors import DataError, is_file
 from rewards import format_reward, normalise
 from toy import write_json
 

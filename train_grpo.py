@@ -33,9 +33,10 @@ from tqdm import tqdm
 
 import toy
 from checkpoint import Run, TrainingFlags, all_finite, input_files
-from data import DataError, batches
-from evaluate import (TrainingError, clips_of, compute, compute_dtype, decode, encode_clips, evaluate, flag, load, parse_flags,
-                      prompts_of, read_examples, run, score)
+from common import clips_of, compute, compute_dtype, decode, encode_clips, flag, load, parse_flags, prompts_of, read_examples, run
+from data import batches
+from errors import DataError, TrainingError
+from evaluate import evaluate, score
 from generate import Sampler
 from grpo import completion_logps, completion_mask, group_advantages, grpo_loss, kl_in_reward
 from rewards import accuracy_reward, extract_answer, format_reward

@@ -22,10 +22,10 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from checkpoint import Run, TrainingFlags, all_finite, input_files, make_room
-from data import DataError, batches
-from evaluate import clips_of, compute, compute_dtype, encode_clips, flag, load, parse_flags, question_inputs, read_examples, run
+from common import clips_of, compute, compute_dtype, encode_clips, flag, load, parse_flags, question_inputs, read_examples, run
+from data import batches
+from errors import DataError
 from grpo import chunked_logps
-
 
 PRESETS = {"paper": dict(save_every=50, epochs=5.0, steps=0, batch_size=16, lr=2e-5, clip_norm=1.0)}
 

@@ -25,9 +25,12 @@ from conftest import GOLDEN, ROOT
 from safetensors.torch import load_file, save_file
 from test_data import examples_of, write_clip
 
+import common
 import data
 import evaluate
+import media
 import prepare
+import text
 from data import ClipError, DataError
 from model import CheckpointError, HumanOmni
 
@@ -47,7 +50,7 @@ def edit(path, **changes):
 
 
 def load(folder):
-    return evaluate.load(SimpleNamespace(model=str(folder), siglip="", whisper="", bert="", device="cpu"))
+    return common.load(SimpleNamespace(model=str(folder), siglip="", whisper="", bert="", device="cpu"))
 
 
 # --------------------------------------------------------------------------------------------- workers that die or hang
@@ -266,20 +269,20 @@ def test_refusing_costs_nothing(tmp_path):
 def test_what_turns_out_huge_while_decoding_is_refused(tmp_path, monkeypatch):
     """A file that says nothing of its length or size: limits are lowered instead of writing hours."""
     sound = write_clip(tmp_path / "a.mkv", video=None, audio="pcm_s16le", seconds=3)
-    monkeypatch.setattr(data, "MAX_SECONDS", 10)
+    monkeypatch.setattr(media, "MAX_SECONDS", 10)
     assert len(data.load_waveform(sound)) == 48000
-    monkeypatch.setattr(data, "_open", lambda path: av.open(str(path)))
-    monkeypatch.setattr(data, "MAX_SECONDS", 2)
+    monkeypatch.setattr(media, "_open", lambda path: av.open(str(path)))
+    monkeypatch.setattr(media, "MAX_SECONDS", 2)
     with av.open(str(sound)) as container:  # a live recording: no duration
         assert container.duration / 1e6 == pytest.approx(3, abs=0.1)
-    monkeypatch.setattr(data.av, "time_base", 10 ** 9, raising=False)  # so that the claim passes
+    monkeypatch.setattr(media.av, "time_base", 10 ** 9, raising=False)  # so that the claim passes
     with pytest.raises(ClipError, match="a.mkv: sound of more than 2 s"):
         data.load_waveform(sound)
 
 
 def test_more_packets_than_can_be(tmp_path, monkeypatch):
     path = write_clip(tmp_path / "a.mkv", frames=60)
-    monkeypatch.setattr(data, "MAX_PACKETS", 59)
+    monkeypatch.setattr(media, "MAX_PACKETS", 59)
     with pytest.raises(ClipError, match="a.mkv: holds more than 59 packets"):
         data.load_frames(path, 4)
 
@@ -483,7 +486,7 @@ CONTENT = "{{ messages[0].content }}"
 ])
 def test_templates_that_attack_or_lose_the_question(broken, template, message, monkeypatch):
     (broken / "chat_template.jinja").write_text(template)
-    monkeypatch.setattr(data, "MAX_TEMPLATE", (256 << 20, 1, 100_000), raising=False)
+    monkeypatch.setattr(text, "MAX_TEMPLATE", (256 << 20, 1, 100_000), raising=False)
     start, before = time.time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(DataError, match=f"(?s){broken}: its chat template.*({message})"):
         data.Tokenizer(broken).prompt_ids("Which emotion?")
@@ -524,14 +527,14 @@ def test_what_the_user_can_mend_or_did_is_one_line(capsys):
         def main():
             raise raised
         with pytest.raises(SystemExit) as caught:
-            evaluate.run(main)
+            common.run(main)
         return caught.value.code, capsys.readouterr().err
 
     assert ends(IsADirectoryError(21, "Is a directory", "x.json")) == (2, "error: x.json: Is a directory\n")
     assert ends(OSError(28, "No space left on device")) == (2, "error: reading or writing: No space left on device\n")
     assert ends(KeyboardInterrupt()) == (130, "\nstopped; the same command goes on from what was saved\n")
     with pytest.raises(ZeroDivisionError):  # a mistake of ours keeps its traceback
-        evaluate.run(lambda: 1 / 0)
+        common.run(lambda: 1 / 0)
 
 
 @pytest.mark.parametrize("script, arguments, name", [
@@ -549,7 +552,7 @@ def test_scripts_end_with_one_error_and_code_2(tmp_path, capsys, monkeypatch, sc
     folder.mkdir()
     arguments, name = [a.format(manifest=manifest, folder=folder) for a in arguments], name.format(manifest=manifest, folder=folder)
     with pytest.raises(SystemExit) as caught:
-        evaluate.run(lambda: importlib.import_module(script).main(arguments))
+        common.run(lambda: importlib.import_module(script).main(arguments))
     message = capsys.readouterr().err
     assert caught.value.code == 2 and message.startswith("error: ") and name in message
 

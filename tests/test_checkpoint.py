@@ -18,6 +18,7 @@ from conftest import GOLDEN, ROOT
 from safetensors.torch import load_file
 
 import checkpoint
+import common
 import model
 import train_grpo
 import train_sft
@@ -409,13 +410,11 @@ def test_a_reward_of_ones_own_counts(workplace):
 
 
 def test_out_of_memory_says_what_to_change(capsys):
-    import evaluate
-
     def main():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     with pytest.raises(SystemExit) as stopped:
-        evaluate.run(main, ("--gradient-checkpointing",))
+        common.run(main, ("--gradient-checkpointing",))
     err = capsys.readouterr().err
     assert stopped.value.code == 1 and "out of GPU memory" in err and "--gradient-checkpointing" in err and "2.00 GiB" in err
 

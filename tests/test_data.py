@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import data
+import media
 from data import ClipError, DataError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -106,7 +107,7 @@ def test_frame_indices_stay_inside_and_refuse_nothing():
 def test_frames_match_the_published_preprocessing(expected, fit):
     frames = data.load_frames(CLIP, 8)
     assert frames.shape == (8, 3, 180, 320) and frames.dtype == torch.uint8
-    resized = data.resize_frames(frames, 224, fit)
+    resized = media.resize_frames(frames, 224, fit)
     difference = (resized.int() - expected[f"frames_{fit}"].int()).abs()
     assert resized.dtype == torch.uint8
     assert difference.max() <= 2 and difference.float().mean() <= 0.02
@@ -156,7 +157,7 @@ def test_tokenization_matches_the_published_one(tokenization):
 
 def full_log_mel(waveform, n_mels, num_samples):
     """The plain way: transform all of the padded 30 seconds."""
-    filters, window = data._mel_constants(n_mels)
+    filters, window = media._mel_constants(n_mels)
     waveform = torch.nn.functional.pad(waveform[:num_samples], (0, max(0, num_samples - len(waveform))))
     spectrum = torch.stft(waveform, 400, 160, window=window, return_complex=True)[:, :-1]
     log = (filters @ spectrum.abs() ** 2).clamp(min=1e-10).log10()
@@ -247,9 +248,9 @@ def test_variable_frame_rate_counts_frames_not_time(tmp_path):
 
 def test_decoding_that_ends_early_repeats_the_last_frame(tmp_path, monkeypatch):
     path = write_clip(tmp_path / "a.mkv", frames=20)
-    monkeypatch.setattr(data, "_count_packets", lambda path: Counter({(0, False): 24}))
+    monkeypatch.setattr(media, "_count_packets", lambda path: Counter({(0, False): 24}))
     assert brightness(data.load_frames(path, 12)) == [min(i, 19) for i in data.frame_indices(24, 12)]
-    monkeypatch.setattr(data, "_count_packets", lambda path: Counter({(0, False): 100}))      # most is missing
+    monkeypatch.setattr(media, "_count_packets", lambda path: Counter({(0, False): 100}))      # most is missing
     with pytest.raises(ClipError, match="only 20 of 100"):
         data.load_frames(path, 12)
 
@@ -280,7 +281,7 @@ def test_more_than_thirty_seconds(tmp_path):
 def test_padding_centres_like_the_published_one(width, height):
     frames = torch.full((2, 3, height, width), 200, dtype=torch.uint8)
     side = max(width, height)
-    padded = data.resize_frames(frames, side)                   # no resizing left to do: the borders are exact
+    padded = media.resize_frames(frames, side)                   # no resizing left to do: the borders are exact
     left, top = (side - width) // 2, (side - height) // 2
     inside = torch.zeros(side, side, dtype=torch.bool)
     inside[top:top + height, left:left + width] = True
@@ -296,7 +297,7 @@ def test_odd_sizes(tmp_path):
 
 def test_resizing_is_antialiased():
     board = (torch.arange(256)[:, None] + torch.arange(256)[None]) % 2 * 255
-    small = data.resize_frames(board.to(torch.uint8).expand(1, 3, 256, 256), 32)
+    small = media.resize_frames(board.to(torch.uint8).expand(1, 3, 256, 256), 32)
     assert (small.int() - 127).abs().max() <= 2                 # without it: black and white stripes
 
 

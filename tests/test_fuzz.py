@@ -31,6 +31,7 @@ import torch
 from conftest import GOLDEN
 from test_data import write_clip
 
+import common
 import data
 import evaluate
 import train_grpo
@@ -207,7 +208,7 @@ def fuzz_checkpoints(rng, folder, bases):
 
 
 def load(folder):
-    return evaluate.load(SimpleNamespace(model=str(folder), siglip="", whisper="", bert="", device="cpu"))
+    return common.load(SimpleNamespace(model=str(folder), siglip="", whisper="", bert="", device="cpu"))
 
 
 def read_header(path):
@@ -236,8 +237,8 @@ def check_tensors_are_the_files(model, path):
 def use(model, tokenizer, bert):
     """Everything a script does with a model, once: clip, prompt, logits. Damaged weights may make them any number."""
     examples = [data.Example(GOLDEN / "media" / "clip16k.mp4", QUESTION, "sad", "video_audio")]
-    clips = next(data.batches(evaluate.clips_of(model, examples, "pad"), [0], 1))
-    prompt, = evaluate.prompts_of(model, tokenizer, bert, examples, evaluate.encode_clips(model, clips))
+    clips = next(data.batches(common.clips_of(model, examples, "pad"), [0], 1))
+    prompt, = common.prompts_of(model, tokenizer, bert, examples, common.encode_clips(model, clips))
     assert model.logits(model(prompt[None])).shape == (1, len(prompt), model.configs["llm"]["vocab_size"])
 
 
@@ -324,7 +325,7 @@ def fuzz_flags(rng, folder, bases):
     message = folder / "message"
     try:
         with open(message, "w", errors="backslashreplace") as file, contextlib.redirect_stderr(file):
-            config = evaluate.parse_flags(module.Config, "", argv, getattr(module, "PRESETS", None))
+            config = common.parse_flags(module.Config, "", argv, getattr(module, "PRESETS", None))
     except SystemExit as stop:
         assert stop.code == 2 and "error: " in message.read_text(), (argv, message.read_text())
         raise Refused

@@ -14,6 +14,7 @@ from conftest import GOLDEN, ROOT
 from safetensors.torch import load_file
 
 import checkpoint
+import common
 import evaluate
 import train_grpo
 import train_sft
@@ -240,12 +241,12 @@ def test_cached_features_are_those_of_the_towers(manifest, tmp_path, model, monk
 
     def encode(model, fit="pad"):
         with torch.no_grad():
-            clips = next(batches(evaluate.clips_of(model, examples, fit, cache), [0, 1], 2))
-            return evaluate.encode_clips(model, clips)
+            clips = next(batches(common.clips_of(model, examples, fit, cache), [0, 1], 2))
+            return common.encode_clips(model, clips)
 
-    plain = next(batches(evaluate.clips_of(model, examples, "pad"), [0, 1], 2))
+    plain = next(batches(common.clips_of(model, examples, "pad"), [0, 1], 2))
     with torch.no_grad():
-        expected = evaluate.encode_clips(model, plain)
+        expected = common.encode_clips(model, plain)
     miss = encode(model)
     assert len(list(cache.iterdir())) == 2
     runs, forward = [], VisionTower.forward
@@ -288,10 +289,10 @@ def test_bad_clips_stop_the_run_or_are_left_out_and_listed(tmp_path):
 
 
 def test_presets_are_the_papers_and_flags_win():
-    config = evaluate.parse_flags(train_grpo.Config, "", ["--preset", "paper", "--group", "4"], train_grpo.PRESETS)
+    config = common.parse_flags(train_grpo.Config, "", ["--preset", "paper", "--group", "4"], train_grpo.PRESETS)
     assert config.updates == 0  # by epochs
     assert (config.lr, config.beta, config.epochs, config.prompts, config.group, config.max_new_tokens) == (1e-6, 0.04, 2, 16, 4, 512)
-    config = evaluate.parse_flags(train_sft.Config, "", ["--preset", "paper", "--epochs", "1", "--batch-size", "128"], train_sft.PRESETS)
+    config = common.parse_flags(train_sft.Config, "", ["--preset", "paper", "--epochs", "1", "--batch-size", "128"], train_sft.PRESETS)
     assert (config.lr, config.epochs, config.batch_size) == (2e-5, 1, 128)
 
 

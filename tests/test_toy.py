@@ -271,7 +271,7 @@ def test_bert_covers_the_questions(checkpoint):
 
 
 def test_what_stands_twice_is_the_same():
-    """toy.py repeats two texts of data.py, so that its drawing processes need not load torch."""
-    import data
-    assert (toy.LABEL_QUESTION, toy.REASONING_QUESTION) == (data.QUESTION_LABEL, data.QUESTION_REASONING)
-    assert toy.QWEN_SPLIT == data.QWEN2_PATTERN
+    """toy.py repeats two texts of text.py, so that its drawing processes need not load torch."""
+    import text
+    assert (toy.LABEL_QUESTION, toy.REASONING_QUESTION) == (text.QUESTION_LABEL, text.QUESTION_REASONING)
+    assert toy.QWEN_SPLIT == text.QWEN2_PATTERN

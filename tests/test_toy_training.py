@@ -8,7 +8,8 @@ from conftest import ROOT
 import checkpoint
 import toy
 import train_sft
-from evaluate import evaluate, load, parse_flags, read_examples, score
+from common import load, parse_flags, read_examples
+from evaluate import evaluate, score
 
 
 def recorded(name):
