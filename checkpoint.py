@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from common import Common, flag
+from distributed import RANK, add, first
 from errors import DataError, TrainingError
 from model import CheckpointError, sync
 
@@ -92,6 +93,13 @@ class Run:
         self.save_every, self.keep = config.save_every, config.keep
         self.step, self.facts, self.metrics, self.parameters = 0, {}, [], {}
         self.settings = json.loads(json.dumps({"flags": asdict(config), "inputs": inputs}, default=str))
+        # Rank 0 opens the folder and holds it; the others are told what is in it.
+        self.saved, self.step, self.facts, self.metrics = first(lambda: self._open(config))
+        self.asked_to_stop = self.in_step = False
+        self.handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _open(self, config):
+        """The folder as it is found, or a new one -> newest state's file or None, step, facts, metrics."""
         try:
             if self.states.exists():
                 self._lock()
@@ -107,8 +115,7 @@ class Run:
             self._open_metrics(*self._read(config.override) if self.saved else (0, False))
         except OSError as error:
             raise DataError(f"{self.folder}: cannot be written ({error}); choose another --out") from None
-        self.asked_to_stop = self.in_step = False
-        self.handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self.saved, self.step, self.facts, self.metrics
 
     def _lock(self):
         # A lock of the process, not of the file: workers that outlive a killed process do not hold it.
@@ -187,6 +194,8 @@ class Run:
 
     def save(self):
         """Write the state of now, and remove those that are older than the newest `keep`."""
+        if RANK:
+            return  # all ranks hold the same
         tensors = {f"weight/{name}": parameter.detach() for name, parameter in self.parameters.items()} if self.step else {}
         for name, parameter in self.parameters.items():
             tensors |= {f"{kind}/{name}": tensor for kind, tensor in self.optimizer.state.get(parameter, {}).items()}
@@ -214,11 +223,12 @@ class Run:
                 self.in_step = True
                 yield step
                 self.step = step
-                if self.asked_to_stop or step % self.save_every == 0 or step == total:
+                stop = add({"asked": self.asked_to_stop})["asked"] > 0  # a signal may reach one rank before another
+                if stop or step % self.save_every == 0 or step == total:
                     self.save()
             finally:  # also when the loop is left by a break
                 self.in_step = False
-            if self.asked_to_stop:
+            if stop:
                 self._stop()
 
     def _on_signal(self, number, frame):
@@ -228,7 +238,8 @@ class Run:
         self.asked_to_stop = True
         if not self.in_step:
             self._stop()
-        tqdm.write("\nfinishing this step, then saving; once more to stop at once", file=sys.stderr)
+        if RANK == 0:
+            tqdm.write("\nfinishing this step, then saving; once more to stop at once", file=sys.stderr)
 
     def _stop(self):
         print(f"\nstopped after step {self.step}, saved in {self.states}; to go on, run the same command again")
@@ -241,15 +252,17 @@ class Run:
         if len(norms) >= 10 and line["grad_norm"] is not None and line["grad_norm"] > 10 * median(norms):
             tqdm.write(f"gradient norm {line['grad_norm']:.3g}: the median of the last {len(norms)} steps is {median(norms):.3g}")
         self.metrics.append(line)
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        if RANK == 0:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
 
     def finish(self):
         """All is done and written elsewhere: the states go, and the next run in this folder is a new one."""
-        self.file.close()
-        done = self.states.rename(self.states.with_name("state.done"))  # at once: there is no half-removed state
-        shutil.rmtree(done)
-        self.lock.close()
+        if RANK == 0:
+            self.file.close()
+            done = self.states.rename(self.states.with_name("state.done"))  # at once: there is no half-removed state
+            shutil.rmtree(done)
+            self.lock.close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
@@ -259,8 +272,10 @@ def all_finite(values, file, story, skip):
 
     If not, `story` (JSON-able: inputs, outputs, rewards) is written to `file`; then False with `skip`, else TrainingError."""
     broken = [name for name, value in values.items() if not torch.as_tensor(value).isfinite().all()]
-    if not broken:
+    if not add({"broken": len(broken)})["broken"]:
         return True
+    if not broken:
+        broken = ["another rank's numbers"]  # all ranks leave the step out, or none
     story = {"not_finite": broken, **story}
     file.write_text(json.dumps(story, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     message = f"{' and '.join(broken)} not finite; what went in and came out is in {file}"

@@ -16,6 +16,7 @@ import functools
 import math
 import os
 import sys
+import time
 import zlib
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -24,6 +25,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+import distributed
 from data import QUESTION_LABEL, QUESTION_REASONING, BertTokenizer, Clips, DataError, Tokenizer, read_manifest
 from errors import TrainingError
 from grpo import completion_mask
@@ -73,21 +75,29 @@ def run(main, memory_flags=()):
     """Run a script's main. What the user can mend is one message: exit code 2 for flags and files, 1 for the rest.
 
     memory_flags: what to change, and how, when a GPU's memory does not do."""
+    def fail(message, code):
+        if distributed.RANK:  # an error of all is told by rank 0, whose end is also this one's; one of this rank alone, by itself
+            time.sleep(5)
+            message = f"(rank {distributed.RANK}) {message}"
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        os._exit(code) if distributed.WORLD > 1 else sys.exit(code)  # without waiting for the other ranks
+
     try:
-        main()
+        with distributed.group():
+            main()
     except (DataError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(error, 2)
     except OSError as error:  # a folder given as a file, no permission, a full disk
-        print(f"error: {error.filename or 'reading or writing'}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
+        fail(f"{error.filename or 'reading or writing'}: {error.strerror or error}", 2)
     except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        fail(error, 1)
     except torch.OutOfMemoryError as error:
         peak = f" (the peak was {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB)" if torch.cuda.is_available() else ""
-        print(f"error: out of GPU memory{peak}. Any of these needs less: {', '.join(memory_flags)}.\n{error}", file=sys.stderr)
-        sys.exit(1)
+        fail(f"out of GPU memory{peak}. Any of these needs less: {', '.join(memory_flags)}.\n{error}", 1)
+    except RuntimeError as error:
+        if distributed.WORLD == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            raise
+        fail("another process of this run has ended; the same command goes on from what was saved", 1)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from what was saved", file=sys.stderr)
         sys.exit(130)
@@ -117,11 +127,13 @@ class Common:
 def load(config, dtype=torch.float32):
     """config.model and the encoders' directories -> (model, tokenizer, BERT's tokenizer) on config.device."""
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = f"cuda:{distributed.LOCAL_RANK}" if device == "cuda" and distributed.WORLD > 1 else device
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # no such device; AssertionError: torch without CUDA
         raise DataError(f"--device {device} cannot be used ({str(error).splitlines()[0]})") from None
     if device.startswith("cuda"):
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32: exact for products of bf16 numbers, such as the float32 head's
     encoders = {name: getattr(config, name) or None for name in ("siglip", "whisper", "bert")}
     model = HumanOmni.from_pretrained(config.model, **encoders, device=device, dtype=dtype)

@@ -14,6 +14,7 @@ Results go to --out, per manifest NAME: NAME.json with the metrics, the settings
 NAME_confusion.png. An interrupted evaluation goes on from NAME.partial.jsonl.
 """
 
+import glob
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from common import Common, as_asked, clips_of, compute, decode, encode_clips, flag, load, parse_flags, prompts_of, read_examples, run
 from data import QUESTION_REASONING, DataError, Example, batches
+from distributed import RANK, WORLD, first, gather, own
 from generate import generate
 from grpo import completion_mask
 from rewards import extract_answer, format_reward
@@ -38,12 +40,14 @@ def evaluate(model, tokenizer, bert, examples, *, fit="pad", batch_size=32, work
              top_p=1.0, samples=1, seed=0, title="evaluate", log=None, skip_log=None):
     """Complete every example's prompt: a list of rows, one per completion, in the order of the examples.
 
-    log: a JSONL file that gets every row as soon as it is there; examples that it holds already are not done again."""
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()[1:]] if log else []
+    log: a JSONL file that gets every row as soon as it is there; examples that it holds already are not done again.
+    With several processes each does its share, and all get the rows."""
+    rows = first(lambda: [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()[1:]]) if log else []
     done = {index for index, count in Counter(row["index"] for row in rows).items() if count == samples}
     rows = [row for row in rows if row["index"] in done]
     order = [i for i in range(len(examples)) if i not in done]
-    with tqdm(total=len(examples), initial=len(done), desc=title, unit="clip", leave=False) as progress, compute(model):
+    order, rows = order[RANK::WORLD], rows if RANK == 0 else []
+    with tqdm(total=len(examples), initial=len(done), desc=title, unit="clip", leave=False, disable=RANK > 0) as progress, compute(model):
         for clips in batches(clips_of(model, examples, fit), order, batch_size, workers, skip_log=skip_log):
             batch = [examples[clip["index"]] for clip in clips]
             prompts = prompts_of(model, tokenizer, bert, batch, encode_clips(model, clips))
@@ -59,10 +63,10 @@ def evaluate(model, tokenizer, bert, examples, *, fit="pad", batch_size=32, work
                                 "completion": text, "tokens": length, "truncated": not ended, **cues})
             rows += new
             if log:
-                with open(log, "a", encoding="utf-8") as file:
+                with open(own(log), "a", encoding="utf-8") as file:
                     file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new))
             progress.update(len(batch))
-    return sorted(rows, key=lambda row: row["index"])
+    return sorted(gather(rows), key=lambda row: row["index"])
 
 
 # Other words for the same label, in the data sets' usual spelling. Only used on request.
@@ -207,15 +211,16 @@ class Config(Common):
 
 
 def start_log(path, settings):
-    """A log to go on with: created, or an unfinished one of the same settings, cut back to its last whole line."""
+    """A log to go on with: created, or an unfinished one of the same settings, less lines that are not whole."""
     header = json.dumps(settings, default=str)
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        if lines and lines[0].strip() != header:
-            raise DataError(f"{path}: an unfinished evaluation with other settings; delete it or choose another --out")
-        path.write_text("".join(line for line in lines if line.endswith("\n")) or header + "\n", encoding="utf-8")
-    else:
-        path.write_text(header + "\n", encoding="utf-8")
+    parts = sorted(path.parent.glob(f"{glob.escape(path.stem)}.rank*.jsonl"))  # of an evaluation by several processes
+    files = [file for file in (path, *parts) if path.exists()]
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    if lines and lines[0].strip() != header:
+        raise DataError(f"{path}: an unfinished evaluation with other settings; delete it or choose another --out")
+    path.write_text("".join(lines) or header + "\n", encoding="utf-8")
+    for part in parts:
+        part.unlink()
     return path
 
 
@@ -231,8 +236,8 @@ def evaluate_manifest(config, loaded, manifest, modality, name):
     settings = {"manifest": str(manifest), "weights_changed": changed,
                 **{key: value for key, value in asdict(config).items() if key not in RESUME_WITH}}
     out.mkdir(parents=True, exist_ok=True)
-    log = start_log(out / f"{name}.partial.jsonl", settings)
-    skip_log = out / f"{name}.skipped.txt" if config.on_bad_clip == "skip" else None
+    log = first(lambda: start_log(out / f"{name}.partial.jsonl", settings))
+    skip_log = own(out / f"{name}.skipped.txt") if config.on_bad_clip == "skip" else None
     rows = evaluate(*loaded, read_examples([manifest], config), fit=config.fit, batch_size=config.batch_size, workers=config.workers,
                     max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p, samples=config.samples,
                     seed=config.seed, title=name, log=log, skip_log=skip_log)
@@ -240,9 +245,10 @@ def evaluate_manifest(config, loaded, manifest, modality, name):
     result = {"name": name, "settings": settings, "metrics": metrics, "completions": rows}
     if config.aliases:
         result["metrics_with_aliases"] = score(rows, aliases=True)
-    (out / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    draw_confusion(metrics, out / f"{name}_confusion.png")
-    log.unlink()
+    if RANK == 0:
+        (out / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        draw_confusion(metrics, out / f"{name}_confusion.png")
+    own(log).unlink(missing_ok=True)
     print(f"\n{name}\n{report(metrics)}")
     if config.aliases:
         loose = result["metrics_with_aliases"]

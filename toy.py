@@ -540,7 +540,8 @@ def train_base(out, seed=0, root=ROOT):
 def train_cold_start(base, out, seed=0, root=ROOT):
     """The cold start: a few hundred clips with reasoning, towers frozen from here on (paper, section 3.1)."""
     import train_sft
-    clips = make_clips(root, ("cold_start",))
+    from distributed import first
+    clips = first(lambda: make_clips(root, ("cold_start",)))
     train_sft.main(["--model", str(base), "--data", str(clips["cold_start"]), "--out", str(out), "--steps", "240",
                     "--lr", "1e-3", "--seed", str(seed)])
 
@@ -550,7 +551,8 @@ def prepare(seed=0, root=ROOT):
 
     Whatever exists is used as it is; a cold start made from another base or world is made anew.
     """
-    clips = make_clips(root, ("train", "validation", "test", "test_ood", "swapped"))
+    from distributed import first  # imports torch; the drawing processes do without
+    clips = first(lambda: make_clips(root, ("train", "validation", "test", "test_ood", "swapped")))
     base = BASE
     if not (base / "model.safetensors").exists():
         base = Path(root) / f"base_{seed}" / "trained"
@@ -561,7 +563,7 @@ def prepare(seed=0, root=ROOT):
     stamp = model / "made_from.json"
     if not stamp.exists() or json.loads(stamp.read_text(encoding="utf-8")) != made_from:
         train_cold_start(base, model, seed, root)
-        write_json(stamp, made_from)
+        first(lambda: write_json(stamp, made_from))
     return model, clips
 
 

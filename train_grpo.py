@@ -21,7 +21,9 @@ explained in the README.
 import importlib
 import json
 import math
+import os
 import sys
+import textwrap
 import time
 import traceback
 from dataclasses import asdict, dataclass, replace
@@ -35,6 +37,7 @@ import toy
 from checkpoint import Run, TrainingFlags, all_finite, input_files
 from common import clips_of, compute, compute_dtype, decode, encode_clips, flag, load, parse_flags, prompts_of, read_examples, run
 from data import batches
+from distributed import RANK, add, add_gradients, first, mean, own, share
 from errors import DataError, TrainingError
 from evaluate import evaluate, score
 from generate import Sampler
@@ -89,7 +92,7 @@ class Config(TrainingFlags):
     cache_features: str = flag("", "folder that keeps the towers' output per clip (5 MB at full size), so that later epochs "
                                    "skip decoding and towers")
     # what is shown and kept
-    val_every: int = flag(20, "updates between evaluations on --val", least=1)
+    val_every: int = flag(20, "updates between evaluations on --val, and between drawings of curves.png", least=1)
     show_every: int = flag(10, "updates between printed samples; 0: none")
 
 
@@ -153,17 +156,22 @@ class Phases:
 
 
 def show(example, texts, rewards, advantages, update):
-    """One prompt's best and worst completion, as text for the terminal."""
-    order = advantages.argsort()
-    lines = [f"\nupdate {update} · {example.video} · label: {extract_answer(example.answer)}"]
-    for i in dict.fromkeys((int(order[-1]), int(order[0]))):
+    """One prompt, and its group's best and worst completion, as text for the terminal.
+
+    texts: the G completions; rewards: {name: (G,)}; advantages (G,)."""
+    lines = [f"\n── update {update} · {example.video} · label: {extract_answer(example.answer)}",
+             *textwrap.wrap(example.question, 110, initial_indent="   asked   ", subsequent_indent="           ")]
+    order = advantages.argsort(descending=True)
+    for i in dict.fromkeys((int(order[0]), int(order[-1]))):
         parts = "  ".join(f"{name} {value[i].item():.3g}" for name, value in rewards.items())
-        lines.append(f"  [{parts}  advantage {advantages[i]:+.2f}]  " + texts[i].replace("\n", "\n    "))
+        lines.append(f"   {advantages[i]:+7.2f}  {parts}")
+        for line in texts[i].splitlines():
+            lines += textwrap.wrap(line, 110, initial_indent="           ", subsequent_indent="           ")
     return "\n".join(lines)
 
 
 def draw_curves(metrics, path):
-    """The run as one picture."""
+    """The run so far as one picture, written whole: a viewer never finds half of it."""
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.5))
     panels = [("reward by component", [name for name in metrics[0] if name.startswith("reward_")]), ("KL to the reference (nats per token)", ["kl"]),
               ("completion length (tokens)", ["completion_length"]), ("groups with equal rewards (share)", ["zero_spread"]),
@@ -178,7 +186,9 @@ def draw_curves(metrics, path):
         if len(names) > 1:
             axis.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    partial = path.with_name("partial_" + path.name)
+    figure.savefig(partial, dpi=110)
+    os.replace(partial, path)
     plt.close(figure)
 
 
@@ -210,7 +220,9 @@ def main(argv=None):
     # The sampler's buffers are the largest thing of all: if they do not fit, let it be now.
     asked = {(e.question, e.modality): e for e in examples}.values()
     longest = max(model.prompt_length(tokenizer.prompt_ids(e.question, e.modality)) for e in asked)
-    sampler = Sampler(model, config.prompts, config.group, longest, config.max_new_tokens, eos_token_id=tokenizer.eos_token_id,
+    order = data_order(len(examples), config.updates * config.prompts / len(examples), config.seed)
+    order, own_prompts = share(order, config.prompts, "--prompts")
+    sampler = Sampler(model, own_prompts, config.group, longest, config.max_new_tokens, eos_token_id=tokenizer.eos_token_id,
                       copy=working_copy, compiled=on_gpu and config.compile)
     if sampler.compiled:
         print("compiling the sampling step: minutes, once per run")
@@ -218,28 +230,27 @@ def main(argv=None):
         sampler.warm_up()
 
     run.track(parameters, optimizer)
-    skip_log = out / "skipped.txt" if config.on_bad_clip == "skip" else None
+    skip_log = own(out / "skipped.txt") if config.on_bad_clip == "skip" else None
 
     def evaluate_on(name, examples, title):
         rows = evaluate(model, tokenizer, bert, examples, fit=config.fit, max_new_tokens=config.max_new_tokens, workers=config.workers,
-                        title=title, skip_log=skip_log and out / f"skipped_{name}.txt")
+                        title=title, skip_log=skip_log and own(out / f"skipped_{name}.txt"))
         return score(rows)
 
     def test_all(when):
         return {name: evaluate_on(name, test, f"{name}, {when}") for name, test in tests.items()}
 
     if "before" not in run.facts:
-        run.facts |= {"before": test_all("before"), "clips": 0, "best_war": -1.0}
+        run.facts |= {"before": test_all("before"), "batches": 0, "best_war": -1.0}
         run.save()
-    order = data_order(len(examples), config.updates * config.prompts / len(examples), config.seed)
-    clips_ahead = batches(clips_of(model, examples, config.fit, config.cache_features), order, config.prompts, config.workers,
-                          skip_log=skip_log, start=run.facts["clips"] // config.prompts)
-    start = time.perf_counter()
-    with tqdm(total=config.updates, initial=run.step, desc="grpo", unit="update") as progress:
+    clips_ahead = batches(clips_of(model, examples, config.fit, config.cache_features), order, own_prompts, config.workers,
+                          skip_log=skip_log, start=run.facts["batches"])
+    start, done_before = time.perf_counter(), len(run.metrics)
+    with tqdm(total=config.updates, initial=run.step, desc="grpo", unit="update", disable=RANK > 0) as progress:
         for update in run.steps(config.updates):
             phases = Phases(device)
             clips = next(clips_ahead, None)
-            if clips is None:  # bad clips were left out at the very end
+            if add({"at the end": clips is None})["at the end"]:  # bad clips were left out at the very end
                 break
             phases.end("data")
             batch = [examples[clip["index"]] for clip in clips]
@@ -255,7 +266,7 @@ def main(argv=None):
             with torch.no_grad(), compute(model):
                 prompts = prompts_of(model, tokenizer, bert, batch, (video, audio))
                 sampler.refresh()
-                ids, sampled_logps = sampler(prompts, seed=config.seed * 1_000_003 + update)
+                ids, sampled_logps = sampler(prompts, seed=config.seed * 1_000_003 + update + 1_000_000_007 * RANK)
             C = ids.shape[-1]
             mask = completion_mask(ids.flatten(0, 1), tokenizer.eos_token_id).view(B, G, C)
             phases.end("rollout")
@@ -304,12 +315,12 @@ def main(argv=None):
             counted = mask
             if config.mask_truncated:
                 counted = mask & torch.tensor([[ended for _, ended in group] for group in decoded], device=device)[..., None]
-            total_count = counted.sum().clamp(min=1) if config.token_mean else B * G
+            total_count = max(1, add({"count": int(counted.sum()) if config.token_mean else B * G})["count"])
             beta = config.beta if config.kl == "loss" else 0.0
             lr = config.lr * (1 - (update - 1) / config.updates)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            line = dict.fromkeys(("loss", "kl", "clip_share", "grad_norm"), 0.0)  # averages over the rollout's steps
+            line, grad_norm = dict.fromkeys(("loss", "kl", "clip_share"), 0.0), 0.0  # averages over the rollout's steps
             for _ in range(config.updates_per_rollout):
                 for b, rows, C in pieces:
                     if not beta and not advantages[b, rows].any():
@@ -322,11 +333,12 @@ def main(argv=None):
                     loss.backward()
                     for name, value in {"loss": loss.detach(), "kl": parts["kl"], "clip_share": parts["clip_share"]}.items():
                         line[name] += value.item() / config.updates_per_rollout
+                add_gradients(parameters.values())
                 phases.end("backward")
                 norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm)
-                line["grad_norm"] += norm.item() / config.updates_per_rollout
+                grad_norm += norm.item() / config.updates_per_rollout
                 good = all_finite({"sampled log-probabilities": sampled_logps[mask], "loss": line["loss"], "gradient norm": norm},
-                                  out / f"nonfinite_{update:06}.json",
+                                  own(out / f"nonfinite_{update:06}.json"),
                                   {"update": update, "prompts": batch, "completions": texts, "rewards": rewards}, config.skip_nonfinite)
                 if good:
                     optimizer.step()
@@ -336,13 +348,13 @@ def main(argv=None):
                     break
 
             # Log the whole update.
-            seconds, tokens = sum(phases.seconds.values()), int(mask.sum())
-            line = {"update": update, "reward": total.mean().item(),
-                    **{f"reward_{name}": value.mean().item() for name, value in rewards.items()},
-                    **line, "entropy": (-(sampled_logps * mask).sum(-1) / mask.sum(-1)).mean().item(),
-                    "completion_length": tokens / (B * G),
-                    "truncated": sum(not ended for group in decoded for _, ended in group) / (B * G),
-                    "zero_spread": (total.std(dim=1) == 0).float().mean().item(), "lr": lr, "steps_left_out": int(not good),
+            means = {"reward": total.mean().item(), **{f"reward_{name}": value.mean().item() for name, value in rewards.items()},
+                     "entropy": (-(sampled_logps * mask).sum(-1) / mask.sum(-1)).mean().item(),
+                     "completion_length": int(mask.sum()) / (B * G),
+                     "truncated": sum(not ended for group in decoded for _, ended in group) / (B * G),
+                     "zero_spread": (total.std(dim=1) == 0).float().mean().item()}
+            seconds, tokens = sum(phases.seconds.values()), add({"tokens": int(mask.sum())})["tokens"]
+            line = {"update": update, **mean(means, B), **add(line), "grad_norm": grad_norm, "lr": lr, "steps_left_out": int(not good),
                     "seconds": seconds, **{f"seconds_{phase}": value for phase, value in phases.seconds.items()},
                     "tokens_per_second": tokens / seconds}
             if on_gpu:
@@ -356,20 +368,23 @@ def main(argv=None):
                 tqdm.write(f"\nupdate {update} · validation WAR {100 * result['war']:.1f}  format {100 * result['format']:.1f} %")
                 if result["war"] >= run.facts["best_war"]:  # of equals the later: it has seen more
                     run.facts["best_war"] = result["war"]
-                    model.save_pretrained(out / "best", getattr(torch, config.save_dtype))
-            run.facts["clips"] = (clips[-1]["position"] // config.prompts + 1) * config.prompts
+                    first(lambda: model.save_pretrained(out / "best", getattr(torch, config.save_dtype)))
+            run.facts["batches"] = clips[-1]["position"] // own_prompts + 1
             run.log(line)
+            if update % config.val_every == 0:
+                first(lambda: draw_curves(run.metrics, out / "curves.png"))
             progress.update()
             progress.set_postfix({name: f"{value.mean():.2f}" for name, value in rewards.items()}, kl=f"{line['kl']:.3f}",
                                  len=f"{line['completion_length']:.0f}", tok_s=f"{line['tokens_per_second']:.0f}")
 
-    model.save_pretrained(out / "last", getattr(torch, config.save_dtype))
-    draw_curves(run.metrics, out / "curves.png")
+    first(lambda: model.save_pretrained(out / "last", getattr(torch, config.save_dtype)))
+    first(lambda: draw_curves(run.metrics, out / "curves.png"))
     if (out / "best").exists():  # report the checkpoint that validation chose
         model = reference = working_copy = sampler = optimizer = parameters = run.parameters = run.optimizer = None  # make room for it
         model, tokenizer, bert = load(replace(config, model=out / "best", siglip="", whisper="", bert=""))
     before, after = run.facts["before"], test_all("after")
-    (out / "results.json").write_text(json.dumps({"config": asdict(config), "before": before, "after": after}, indent=1, default=str) + "\n")
+    results = json.dumps({"config": asdict(config), "before": before, "after": after}, indent=1, default=str) + "\n"
+    first(lambda: (out / "results.json").write_text(results))
     run.finish()
     if tests:
         print(f"\n{'':10}{'':8}{'WAR':>8}{'UAR':>8}{'format':>8}{'length':>8}")
@@ -377,7 +392,7 @@ def main(argv=None):
         for when, results in (("before", before), ("after", after)):
             r = results[name]
             print(f"{name:10}{when:8}{100 * r['war']:8.2f}{100 * r['uar']:8.2f}{100 * r['format']:8.1f}{r['mean_length']:8.1f}")
-    print(f"\n{len(run.metrics)} updates, the last {progress.n - progress.initial} in {time.perf_counter() - start:.0f} s; checkpoints, "
+    print(f"\n{len(run.metrics)} updates, the last {len(run.metrics) - done_before} in {time.perf_counter() - start:.0f} s; checkpoints, "
           f"metrics.jsonl, curves.png, results.json in {out}")
 
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from checkpoint import Run, TrainingFlags, all_finite, input_files, make_room
 from common import clips_of, compute, compute_dtype, encode_clips, flag, load, parse_flags, question_inputs, read_examples, run
 from data import batches
+from distributed import RANK, add, add_gradients, first, own, share
 from errors import DataError
 from grpo import chunked_logps
 
@@ -91,21 +92,24 @@ def main(argv=None):
     steps = math.ceil(len(order) / config.batch_size)
     if not order:
         raise DataError("nothing to train: --epochs is too small, and no --steps are given")
+    order, own_size = share(order, config.batch_size, "--batch-size")
     parameters = set_trainable(model, config.train_towers)
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=0.0, fused=True)
     run = Run(f"{config.out}.run", config, input_files(config))
     run.track(parameters, optimizer)
-    decoded = batches(clips_of(model, examples, config.fit), order, config.batch_size, config.workers,
-                      skip_log=run.folder / "skipped.txt" if config.on_bad_clip == "skip" else None,
-                      start=run.facts.get("clips", 0) // config.batch_size)
-    with tqdm(total=steps, initial=run.step, desc=f"sft {Path(config.out).name}", unit="step") as progress:
-        for step, clips in zip(run.steps(steps), decoded):
+    decoded = batches(clips_of(model, examples, config.fit), order, own_size, config.workers, start=run.facts.get("batches", 0),
+                      skip_log=own(run.folder / "skipped.txt") if config.on_bad_clip == "skip" else None)
+    with tqdm(total=steps, initial=run.step, desc=f"sft {Path(config.out).name}", unit="step", disable=RANK > 0) as progress:
+        for step in run.steps(steps):
+            clips = next(decoded, [])
             batch = [examples[clip["index"]] for clip in clips]
             targets = [tokenizer.sft_ids(e.question, e.answer, e.modality) for e in batch]  # (ids, labels) each
             answers = [torch.tensor([label for label in labels if label >= 0], device=model.device) for _, labels in targets]
-            num_tokens = sum(map(len, answers))
+            num_tokens = add({"tokens": sum(map(len, answers))})["tokens"]  # of all ranks: the parts' losses then add up
+            if not num_tokens:  # bad clips were left out at the very end
+                break
             loss = 0.0
-            size = config.micro_batch or len(batch)
+            size = config.micro_batch or config.batch_size
             for start in range(0, len(batch), size):
                 part = slice(start, start + size)
                 with compute(model):
@@ -114,28 +118,34 @@ def main(argv=None):
                     part_loss = sft_loss(model, rows, answers[part], num_tokens)
                 part_loss.backward()
                 loss += part_loss.item()
+            add_gradients(parameters.values())
+            loss = add({"loss": loss})["loss"]
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm).item()
             lr = config.lr * cosine(step - 1, steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            good = all_finite({"loss": loss, "gradient norm": norm}, run.folder / f"nonfinite_{step:06}.json",
+            good = all_finite({"loss": loss, "gradient norm": norm}, own(run.folder / f"nonfinite_{step:06}.json"),
                               {"step": step, "examples": batch}, config.skip_nonfinite)
             if good:
                 optimizer.step()
             optimizer.zero_grad()
-            run.facts["clips"] = (clips[-1]["position"] // config.batch_size + 1) * config.batch_size
+            run.facts["batches"] = clips[-1]["position"] // own_size + 1 if clips else step
             run.log({"step": step, "loss": loss, "grad_norm": norm, "lr": lr, "steps_left_out": int(not good)})
             progress.update()
 
-    # The checkpoint is made ready in the run's folder and moved to its place whole.
-    model.save_pretrained(run.folder / "checkpoint", getattr(torch, config.save_dtype))
-    for file in (run.folder / "metrics.jsonl", *run.folder.glob("*.txt"), *run.folder.glob("nonfinite_*.json")):
-        shutil.copy(file, run.folder / "checkpoint")
-    out = make_room(config.out)
-    (run.folder / "checkpoint").rename(out)
+    first(lambda: place_checkpoint(config, run.folder, model))
     run.finish()
-    shutil.rmtree(run.folder)
-    print(f"loss {run.metrics[0]['loss']:.3f} -> {run.metrics[-1]['loss']:.3f}; checkpoint in {out}")
+    first(lambda: shutil.rmtree(run.folder))
+    print(f"loss {run.metrics[0]['loss']:.3f} -> {run.metrics[-1]['loss']:.3f}; checkpoint in {config.out}")
+
+
+def place_checkpoint(config, folder, model):
+    """Make the checkpoint ready in the run's folder, and move it to its place whole."""
+    model.save_pretrained(folder / "checkpoint", getattr(torch, config.save_dtype))
+    for file in (folder / "metrics.jsonl", *folder.glob("*.txt"), *folder.glob("nonfinite_*.json")):
+        shutil.copy(file, folder / "checkpoint")
+    out = make_room(config.out)
+    (folder / "checkpoint").rename(out)
 
 
 if __name__ == "__main__":
