@@ -163,37 +163,39 @@ def scoring_bytes(G, C, trains, checkpointing=False):
         return counted(score)[0]
 
 
-def update_bytes(B, G, C, checkpointing=False, beta=True, cached=False):
+def update_bytes(B, G, C, checkpointing=False, beta=True, cached=False, offload=False):
     """-> {part: bytes} of one update; needs an active FakeTensorMode. cached: all features come from the feature cache;
-    the towers are loaded all the same."""
+    the towers are loaded all the same. offload: AdamW's moments are on the GPU only for its step."""
     policy, trainable, copy = weight_bytes()
     buffers, prefill = rollout_bytes(B, G, C)
     reference = scoring_bytes(G, C, trains=False) if beta else 0
     backward = trainable + scoring_bytes(G, C, True, checkpointing)  # gradients, and what their making needs
-    phases = {"encode": 0 if cached else encode_bytes(B), "rollout": prefill, "reference": reference, "backward": backward}
-    parts = {"policy and towers": policy, "AdamW": 2 * trainable, "working copy": copy, "reference": copy if beta else 0,
+    phases = {"encode": 0 if cached else encode_bytes(B), "rollout": prefill, "reference": reference, "backward": backward,
+              "optimizer": trainable + (2 * trainable if offload else 0)}
+    parts = {"policy and towers": policy, "AdamW": 0 if offload else 2 * trainable, "working copy": copy, "reference": copy if beta else 0,
              "sampler": buffers, f"largest phase ({max(phases, key=phases.get)})": max(phases.values())}
     return parts
 
 
-CONFIGURATIONS = [  # B, G, C, checkpointing, beta, cached
+CONFIGURATIONS = [  # B, G, C, checkpointing, beta, cached, optimizer offloaded
     (16, 8, 512, False, True, False), (16, 8, 512, False, True, True), (16, 8, 512, False, False, False),
     (16, 8, 512, True, True, False), (16, 8, 512, True, False, False), (16, 8, 256, False, True, False),
     (16, 8, 256, True, True, False), (16, 4, 512, False, True, False), (16, 16, 512, True, True, False),
     (4, 8, 512, True, True, False), (4, 4, 256, True, True, False), (1, 2, 256, True, False, False),
+    (16, 8, 512, True, True, False, True), (16, 8, 512, True, False, False, True), (8, 8, 256, True, False, False, True),
 ]
 
 
 def main():
     print("Peak memory of one update, GiB, counted on fake tensors (not measured). P = 952.\n")
-    print(f"{'B':>3} {'G':>3} {'C':>4}  {'checkpointing':14}{'beta':6}{'features':10}{'peak':>6}  fits on a card of ... GiB")
+    print(f"{'B':>3} {'G':>3} {'C':>4}  {'checkpointing':14}{'beta':6}{'features':10}{'AdamW':11}{'peak':>6}  fits on a card of ... GiB")
     with FakeTensorMode():
-        for B, G, C, checkpointing, beta, cached in CONFIGURATIONS:
-            parts = update_bytes(B, G, C, checkpointing, beta, cached)
+        for B, G, C, checkpointing, beta, cached, *offload in CONFIGURATIONS:
+            parts = update_bytes(B, G, C, checkpointing, beta, cached, *offload)
             peak = sum(parts.values()) / 2**30
             cards = ", ".join(str(card) for card in CARDS if peak + RESERVE <= card) or "none of these"
             print(f"{B:3} {G:3} {C:4}  {'yes' if checkpointing else 'no':14}{'0.04' if beta else '0':6}"
-                  f"{'cached' if cached else 'towers':10}{peak:6.1f}  {cards}")
+                  f"{'cached' if cached else 'towers':10}{'offloaded' if offload else 'on the GPU':11}{peak:6.1f}  {cards}")
         parts = update_bytes(*CONFIGURATIONS[0])
     print("\nThe first line in parts: " + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items()) + " GiB.")
     print(f"A card counts as holding a configuration if {RESERVE:.0f} GiB of it stays free.")

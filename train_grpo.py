@@ -43,7 +43,7 @@ from evaluate import evaluate, score
 from generate import Sampler
 from grpo import completion_logps, completion_mask, group_advantages, grpo_loss, kl_in_reward
 from rewards import accuracy_reward, extract_answer, format_reward
-from train_sft import data_order, set_trainable
+from train_sft import data_order, move_moments, set_trainable
 
 matplotlib.use("Agg")  # draws to files; no display needed
 import matplotlib.pyplot as plt  # noqa: E402
@@ -341,8 +341,11 @@ def main(argv=None):
                                   own(out / f"nonfinite_{update:06}.json"),
                                   {"update": update, "prompts": batch, "completions": texts, "rewards": rewards}, config.skip_nonfinite)
                 if good:
+                    move_moments(optimizer, device)
                     optimizer.step()
                 optimizer.zero_grad()
+                if config.offload_optimizer:
+                    move_moments(optimizer, "cpu")
                 phases.end("optimizer")
                 if not good:
                     break
@@ -397,4 +400,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main, ("--gradient-checkpointing", "--micro-batch", "a smaller --max-new-tokens", "a smaller --group", "fewer --prompts", "--beta 0"))
+    run(main, ("--gradient-checkpointing", "--micro-batch", "a smaller --max-new-tokens", "a smaller --group", "fewer --prompts", "--beta 0",
+               "--offload-optimizer"))

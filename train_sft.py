@@ -55,6 +55,12 @@ def set_trainable(model, towers=False):
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def move_moments(optimizer, device):
+    """AdamW's moments to a device: to the GPU for a step, and away where another phase needs the room more."""
+    for state in optimizer.state.values():
+        state.update({name: tensor.to(device) for name, tensor in state.items() if tensor.dim()})
+
+
 def data_order(n, epochs, seed):
     """Indices of `epochs` (whole or not) passes over n examples, each pass in an order of its own."""
     order = []
@@ -127,8 +133,11 @@ def main(argv=None):
             good = all_finite({"loss": loss, "gradient norm": norm}, own(run.folder / f"nonfinite_{step:06}.json"),
                               {"step": step, "examples": batch}, config.skip_nonfinite)
             if good:
+                move_moments(optimizer, model.device)
                 optimizer.step()
             optimizer.zero_grad()
+            if config.offload_optimizer:
+                move_moments(optimizer, "cpu")
             run.facts["batches"] = clips[-1]["position"] // own_size + 1 if clips else step
             run.log({"step": step, "loss": loss, "grad_norm": norm, "lr": lr, "steps_left_out": int(not good)})
             progress.update()

@@ -128,6 +128,18 @@ def test_killed_while_saving_and_resumed_is_the_same_run(workplace, script):
     assert not list(workplace.glob("killed.*")) and not list(workplace.rglob("*.tmp"))
 
 
+def test_moments_in_main_memory_change_nothing(workplace):
+    finish(GRPO, "alone")
+    finish(GRPO, "offloaded", "--offload-optimizer")
+    assert_same("offloaded", "alone")
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))])
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
+    optimizer.step()
+    train_sft.move_moments(optimizer, "meta")  # any device that is not the parameter's
+    state, = optimizer.state.values()
+    assert state["exp_avg"].device.type == state["exp_avg_sq"].device.type == "meta" and state["step"].device.type == "cpu"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", [GRPO, SFT], ids=["grpo", "sft"])
 def test_killed_at_random_moments_and_resumed_is_the_same_run(workplace, script):
