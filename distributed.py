@@ -14,11 +14,12 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from errors import DataError
 
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-BUCKET = 2**25  # numbers per all_reduce: 128 MB of float32 gradients
+BUCKET = 12  # tensors per all_reduce: as many as a layer of the language model has, 60 MB at full size
 
 
 @contextlib.contextmanager
@@ -86,16 +87,13 @@ def first(make):
 
 
 def add_gradients(parameters):
-    """Replace every gradient by its sum over the ranks, bucket by bucket; one that a rank has not is 0 there."""
-    grads = []
-    for parameter in parameters if WORLD > 1 else ():
+    """Replace every gradient by its sum over the ranks; one that a rank has not is 0 there."""
+    if WORLD == 1:
+        return
+    for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        grads.append(parameter.grad)
-    while grads:
-        bucket = [grads.pop()]
-        while grads and sum(g.numel() for g in bucket) + grads[-1].numel() <= BUCKET:
-            bucket.append(grads.pop())
-        flat = torch.cat([g.flatten() for g in bucket])
+    grads = [parameter.grad for parameter in parameters]
+    for start in range(0, len(grads), BUCKET):
+        flat = parameters_to_vector(grads[start:start + BUCKET])
         dist.all_reduce(flat)
-        for grad, summed in zip(bucket, flat.split([g.numel() for g in bucket])):
-            grad.copy_(summed.view_as(grad))
+        vector_to_parameters(flat, grads[start:start + BUCKET])

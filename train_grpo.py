@@ -165,8 +165,7 @@ def show(example, texts, rewards, advantages, update):
     for i in dict.fromkeys((int(order[0]), int(order[-1]))):
         parts = "  ".join(f"{name} {value[i].item():.3g}" for name, value in rewards.items())
         lines.append(f"   {advantages[i]:+7.2f}  {parts}")
-        for line in texts[i].splitlines():
-            lines += textwrap.wrap(line, 110, initial_indent="           ", subsequent_indent="           ")
+        lines.append(textwrap.indent(texts[i], "           "))
     return "\n".join(lines)
 
 
@@ -180,14 +179,12 @@ def draw_curves(metrics, path):
         for name in names:
             points = [(line["update"], line[name]) for line in metrics if line.get(name) is not None]
             axis.plot(*zip(*points) if points else ([], []), marker="o" if title == "validation" else None, label=name)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("update")
+        axis.set(title=title, xlabel="update")
         axis.grid(alpha=0.3)
         if len(names) > 1:
             axis.legend(fontsize=8)
     figure.tight_layout()
-    partial = path.with_name("partial_" + path.name)
-    figure.savefig(partial, dpi=110)
+    figure.savefig(partial := path.with_name("partial_" + path.name), dpi=110)
     os.replace(partial, path)
     plt.close(figure)
 
@@ -239,7 +236,6 @@ def main(argv=None):
 
     def test_all(when):
         return {name: evaluate_on(name, test, f"{name}, {when}") for name, test in tests.items()}
-
     if "before" not in run.facts:
         run.facts |= {"before": test_all("before"), "batches": 0, "best_war": -1.0}
         run.save()

@@ -96,6 +96,44 @@ def each_seed(results, figures, titles=None):
     return markdown_table(rows, figures)
 
 
+def rows_with(results, figures):
+    """The methods that have any of these figures: a model without a <think> states nothing."""
+    return {method: seeds for method, seeds in results.items() if any(name in row for row in seeds.values() for name in figures)}
+
+
+def facts_line(facts):
+    return f"`{facts['command']}`, {facts['date']}, {facts['machine']}, torch {facts['torch']}, {facts['minutes']} minutes"
+
+
+RATES = [f"{split} {rate}" for split in ("test", "test_ood", "swapped") for rate in ("WAR", "UAR")]
+TRUE = [f"{how} {name}" for how in ("test", "test_ood", "sampled") for name in STATED.values()]
+ALONE = [f"{split} WAR, {medium} alone" for split in ("test", "test_ood") for medium in ("video", "audio")]
+VARIANTS = ["test WAR", "test_ood WAR", "sampled accuracy", "sampled format", "face true", "voice true", "KL", "length"]
+IN_README = [("table1", RATES[:5]), ("table1", TRUE[3:]), ("table1", ALONE), ("ablations", VARIANTS)]
+
+
+def page(name, facts):
+    """The text of experiments/NAME.md."""
+    results = facts["results"]
+    head = (f"{facts_line(facts)}; mean ± standard deviation over seeds, in percent. Written by `experiments/tables.py`; the figures are in "
+            f"`{name}.json`.\n")
+
+    def table(figures):
+        return markdown_table(rows_with(results, figures), figures, METHODS)
+
+    if name == "table1":
+        text = ["# Table 1 in miniature\n", head, table(RATES), "\nThe base is one, of seed 0, as the published one is one. The others: seeds 0 to 4.",
+                "\n## Is the reasoning true?\n", "Statements in `<think>` about face and voice that are true, and answers that follow from the "
+                "statements, true or not; greedy on test and test_ood, and sampled at temperature 1 on test.\n", table(TRUE),
+                "\n" + table(["sampled accuracy", "sampled format"]), "\n## Without one modality\n",
+                "WAR with one medium taken out of prompt and input.\n", table(ALONE), "\n## Each seed\n", each_seed(results, RATES, METHODS)]
+    else:
+        text = ["# Variants of GRPO on the toy\n", head, "Eight arms, seeds 0 to 2, 50 updates from the cold start of the same seed. *Sampled*, KL "
+                "(nats per token, to the cold start; 0 where none is computed) and length (tokens) are means over the last ten updates; the others "
+                "are greedy after training.\n", table(VARIANTS), "\n## Each seed\n", each_seed(results, VARIANTS)]
+    return "\n".join(text) + "\n"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=("table1", "ablations"))
@@ -106,28 +144,9 @@ def main():
     old = read(out / f"{args.name}.json") if args.minutes is None and (out / f"{args.name}.json").exists() else {}
     facts = {"command": f"experiments/{args.name}.sh", "date": old.get("date", str(date.today())), "machine": processor(),
              "torch": torch.__version__, "minutes": old.get("minutes", args.minutes), "results": results}
-    (out / f"{args.name}.json").write_text(json.dumps(facts, indent=1) + "\n")
-    head = (f"`{facts['command']}`, {facts['date']}, {facts['machine']}, torch {facts['torch']}, {facts['minutes']} minutes; mean ± standard "
-            f"deviation over seeds, in percent. Written by `experiments/tables.py`; the figures are in `{args.name}.json`.\n")
-    if args.name == "table1":
-        wars = [f"{split} {rate}" for split in ("test", "test_ood", "swapped") for rate in ("WAR", "UAR")]
-        alone = [f"test WAR, {medium} alone" for medium in ("video", "audio")] + [f"test_ood WAR, {medium} alone" for medium in ("video", "audio")]
-        stating = {method: seeds for method, seeds in results.items() if method != "label_only"}
-        true = [f"{how} {name}" for how in ("test", "test_ood", "sampled") for name in STATED.values()]
-        text = ["# Table 1 in miniature", head, markdown_table(results, wars, METHODS),
-                "\nThe base is one, of seed 0, as the published one is one. The others: seeds 0 to 4.",
-                "\n## Is the reasoning true?\n", "Statements in `<think>` about face and voice that are true, and answers that follow from the statements, true or "
-                "not; greedy on test and test_ood, and sampled at temperature 1 on test.\n", markdown_table(stating, true, METHODS),
-                "\n" + markdown_table(stating, ["sampled accuracy", "sampled format"], METHODS),
-                "\n## Without one modality\n", "WAR with both media (above), and with one taken out of prompt and input.\n",
-                markdown_table(results, alone, METHODS), "\n## Each seed\n", each_seed(results, wars, METHODS)]
-    else:
-        figures = list(next(iter(next(iter(results.values())).values())))
-        text = ["# Variants of GRPO on the toy", head, "Eight arms, seeds 0 to 2, 50 updates from the cold start of the same seed. *Sampled*, KL (nats per token, "
-                "to the cold start; 0 where none is computed) and length (tokens) are means over the last ten updates; the others are greedy after training.\n",
-                markdown_table(results, figures), "\n## Each seed\n", each_seed(results, figures)]
-    (out / f"{args.name}.md").write_text("\n".join(text) + "\n", encoding="utf-8")
-    print("\n".join(text))
+    (out / f"{args.name}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (out / f"{args.name}.md").write_text(page(args.name, facts), encoding="utf-8")
+    print(page(args.name, facts))
 
 
 if __name__ == "__main__":
