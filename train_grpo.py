@@ -164,7 +164,7 @@ def show(example, texts, rewards, advantages, update):
     order = advantages.argsort(descending=True)
     for i in dict.fromkeys((int(order[0]), int(order[-1]))):
         parts = "  ".join(f"{name} {value[i].item():.3g}" for name, value in rewards.items())
-        lines.append(f"   {advantages[i]:+7.2f}  {parts}")
+        lines.append(f"   {parts}  advantage {advantages[i]:+.2f}")
         lines.append(textwrap.indent(texts[i], "           "))
     return "\n".join(lines)
 
@@ -225,7 +225,6 @@ def main(argv=None):
         print("compiling the sampling step: minutes, once per run")
     with compute(model):
         sampler.warm_up()
-
     run.track(parameters, optimizer)
     skip_log = own(out / "skipped.txt") if config.on_bad_clip == "skip" else None
 
@@ -236,6 +235,7 @@ def main(argv=None):
 
     def test_all(when):
         return {name: evaluate_on(name, test, f"{name}, {when}") for name, test in tests.items()}
+
     if "before" not in run.facts:
         run.facts |= {"before": test_all("before"), "batches": 0, "best_war": -1.0}
         run.save()

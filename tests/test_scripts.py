@@ -18,7 +18,7 @@ import common
 import evaluate
 import train_grpo
 import train_sft
-from data import QUESTION_REASONING, DataError
+from data import QUESTION_REASONING, DataError, Example
 from model import HumanOmni
 
 CHECKPOINT = str(GOLDEN / "tiny" / "humanomni")
@@ -97,6 +97,26 @@ def test_grpo_runs_end_to_end(manifest, tmp_path, beta, steps_per_rollout, capsy
     assert results["before"]["manifest"]["n"] == results["after"]["manifest"]["n"] == 6
     printed = capsys.readouterr().out
     assert "advantage" in printed and "WAR" in printed and "label: " in printed
+
+
+def test_a_sample_is_shown_with_its_parts():
+    example = Example(Path("a/b.mp4"), QUESTION_REASONING, "sad", "video_audio")
+    texts = ["<think>x</think>\n<answer>sad</answer>", "", "<answer>happy</answer>"]
+    rewards = {"accuracy": torch.tensor([1.0, 0.0, 0.0]), "format": torch.tensor([1.0, 0.0, 0.0])}
+    shown = train_grpo.show(example, texts, rewards, torch.tensor([1.15, -0.58, -0.57]), 7).splitlines()
+    assert shown[1] == "── update 7 · a/b.mp4 · label: sad"
+    assert shown[2].startswith("   asked   As an emotional") and sum("asked" in line for line in shown) == 1  # the prompt once
+    best, worst = (i for i, line in enumerate(shown) if "advantage" in line)  # the second is the worst, not the third
+    assert shown[best:best + 3] == ["   accuracy 1  format 1  advantage +1.15", "           <think>x</think>", "           <answer>sad</answer>"]
+    assert shown[worst] == "   accuracy 0  format 0  advantage -0.58"
+
+
+def test_curves_are_drawn_during_the_run(manifest, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(train_grpo, "draw_curves", lambda metrics, path: drawn.append(len(metrics)))
+    train_grpo.main(["--model", CHECKPOINT, "--data", manifest, "--out", str(tmp_path / "grpo"), "--updates", "4", "--prompts", "2", "--group", "2",
+                     "--max-new-tokens", "2", "--val-every", "2", "--workers", "0", "--lr", "0"])
+    assert drawn == [2, 4, 4]
 
 
 def test_grpo_micro_batches_change_nothing(manifest, tmp_path, monkeypatch):
