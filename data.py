@@ -259,7 +259,7 @@ def draw_seen(path, out, num_frames=8, size=224, n_mels=128, fit="pad"):
     else:
         pixels = preprocess_frames(frames, size, fit)   # (T, 3, S, S)
         for i, (axis, picture) in enumerate(zip(rows[0].subplots(1, num_frames), pixels)):
-            axis.imshow(picture.permute(1, 2, 0) / 2 + 0.5)
+            axis.imshow((picture.permute(1, 2, 0) / 2 + 0.5).numpy())
             axis.set_axis_off()
             axis.set_title(f"frame {i}", fontsize=8)
         rows[0].suptitle(f"pixel_values {tuple(pixels.shape)}: {num_frames} frames spread over the clip, {fit}", fontsize=10)
@@ -269,7 +269,7 @@ def draw_seen(path, out, num_frames=8, size=224, n_mels=128, fit="pad"):
         mel = log_mel(waveform, n_mels)                 # (n_mels, 3000): 30 s, of which the clip's part is drawn
         seconds = min(30.0, len(waveform) / 16_000)
         axis = rows[1].subplots()
-        axis.imshow(mel[:, :max(1, round(100 * seconds))], origin="lower", aspect="auto", extent=(0, seconds, 0, n_mels))
+        axis.imshow(mel[:, :max(1, round(100 * seconds))].numpy(), origin="lower", aspect="auto", extent=(0, seconds, 0, n_mels))
         axis.set(xlabel="seconds", ylabel="mel band")
         rows[1].suptitle(f"input_features {tuple(mel.shape)}: log-mel at 100 frames a second; after {seconds:.1f} s silence up to 30 s", fontsize=10)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
