@@ -47,7 +47,7 @@ from model import HumanOmni
 
 ROOT = Path(__file__).parent
 PRESETS = {"small": dict(prompt_tokens=240, new_tokens=24, rows=16, prompts=2, group=8, completion=12, chunk=128, repeats=5),
-           "full": dict(prompt_tokens=952, new_tokens=256, rows=64, prompts=16, group=8, completion=512, chunk=1024, repeats=5)}
+           "full": dict(prompt_tokens=952, new_tokens=256, rows=64, prompts=16, group=8, completion=512, chunk=512, repeats=5)}
 SIZES = dict(prompt_tokens="P", new_tokens="tokens per row where only sampling or only scoring is timed", rows="of G2 and G4/64",
              prompts="B of an update", group="G", completion="longest completion of an update", chunk="positions per chunk of logits",
              repeats="timings per arm")
@@ -112,7 +112,7 @@ def updates(bench, B, encode_again):
     return row(*times, "s", f"{B} prompts x {bench.flags.group}; {outcome}; ours: {phases}")
 
 
-def shared(model, prompt, ids, chunk=1024):
+def shared(model, prompt, ids, chunk=512):
     return completion_logps(model, prompt, ids, chunk)
 
 

@@ -61,17 +61,17 @@ def token_logps(logits, ids):
     return logits.gather(-1, ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
-def chunked_logps(model, hidden, ids, chunk=1024):
+def chunked_logps(model, hidden, ids, chunk=512):
     """log pi of each id given the hidden state before it: (n, D), (n,) -> (n,) float32.
 
     Logits are made for `chunk` positions at a time and made again in the backward pass: chunk x V numbers live
     instead of n x V."""
-    pieces = [checkpoint(lambda h, i: token_logps(model.logits(h), i), h, i, use_reentrant=False)
+    pieces = [checkpoint(lambda h, i: token_logps(model.logits(h), i), h, i, use_reentrant=False, preserve_rng_state=False)
               for h, i in zip(hidden.split(chunk), ids.split(chunk))]
     return torch.cat(pieces)
 
 
-def completion_logps(model, prompt_embeds, completion_ids, chunk=1024):
+def completion_logps(model, prompt_embeds, completion_ids, chunk=512):
     """log pi(token | prompt, tokens before) of a group of completions; the prompt runs through the model once.
 
     prompt_embeds (P, D) or (1, P, D), completion_ids (G, C) int64 -> (G, C) float32. After a row's end the values

@@ -487,7 +487,7 @@ class HumanOmni(nn.Module):
         for i, layer in enumerate(self.layers):
             arguments = (x, rope, past[i] if past else None)
             if self.gradient_checkpointing and torch.is_grad_enabled():  # keep the layer's input only, run it again in backward
-                x, layer_kv = checkpoint(layer, *arguments, use_reentrant=False)
+                x, layer_kv = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, layer_kv = layer(*arguments)
             if return_kv:
