@@ -50,7 +50,7 @@ class TrainingFlags(Common):
     resume: bool = flag(True, "go on with the unfinished run in --out; --no-resume keeps it under a number and starts anew")
     override: bool = flag(False, "go on even if flags or input files are not those of the unfinished run")
     skip_nonfinite: bool = flag(False, "pass over steps with a NaN or an infinity, instead of stopping")
-    offload_optimizer: bool = flag(False, "keep AdamW's moments in main memory between steps: 4 GiB of a GPU less, and slower")
+    offload_optimizer: bool = flag(False, "keep AdamW's moments in main memory between steps: up to 4 GiB of a GPU less, and slower")
     save_dtype: str = flag("bfloat16", "of the saved weights; on a GPU what is frozen is bfloat16 already",
                            choices=("bfloat16", "float16", "float32"))
 

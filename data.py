@@ -12,7 +12,7 @@ A manifest is a JSON list, in the format of the published data:
                         {"from": "gpt",   "value": "<think>...</think>\\n<answer>happy</answer>"}]}]
 
 Training, evaluation and inference share these functions and those of media.py (video, sound) and text.py (tokenizers), so a
-clip or a prompt looks the same in all of them. All three files' public names can be imported from this one.
+clip or a prompt looks the same in all of them. Their main names can be imported from this file too.
 Shapes: B prompts, T frames, P prompt length, C completion length, S image size.
 """
 

@@ -6,7 +6,7 @@ How the numbers are obtained: the code itself runs on fake tensors, which have s
 autocast as on a GPU, while every byte of every storage that lives is counted. So these are not measurements: what a card
 needs besides (its context, kernels' workspaces, fragmentation) is allowed for with RESERVE. Persistent are weights, AdamW's
 moments, the sampler's buffers and one decode step's intermediates, which its CUDA graph keeps; on top comes the largest of
-the phases encode, rollout, reference and backward, of which only the last holds gradients.
+the phases encode, rollout, reference, backward and optimizer, of which the last two hold gradients.
 
 Shapes: B prompts · G completions per prompt · P prompt length · C completion length · T video frames.
 """

@@ -4,7 +4,7 @@
     2. fan out     G rows per prompt, each drawing its own first token from the prompt's one distribution
     3. decode      one token for every row per step; a row attends to its prompt's keys (stored once for all G rows)
                    and to its own
-    4. compact     when most rows have met EOS, the others move together and the batch halves
+    4. compact     when every prompt has half its rows done, the others move together and the batch halves
     5. stop        when every row has met EOS, or at max_new_tokens
 
     ids = generate(model, prompts, num_samples=8, max_new_tokens=512, eos_token_id=tokenizer.eos_token_id)

@@ -9,7 +9,7 @@ One update, in the order train_grpo.py does it (numbers as in the README):
     5. per_token_kl        how far the policy has moved from the reference   paper, eq. 3 (k3 estimator)
     6. grpo_loss           raise the probability of what did better than its group, stay near the reference
 
-The defaults are the paper's. What later work changed stands beside it as an argument: `scale` (Dr. GRPO, arXiv:2503.20783),
+The defaults are the paper's. What other work does differently stands beside it as an argument: `scale` (Dr. GRPO, arXiv:2503.20783),
 `token_mean`, `clip_high` and a mask without truncated completions (DAPO, arXiv:2503.14476), KL in the reward (InstructGPT,
 arXiv:2203.02155).
 
@@ -24,13 +24,14 @@ from torch.utils.checkpoint import checkpoint
 def group_advantages(rewards, eps=1e-4, scale=True):
     """How much better than its group is each completion, in standard deviations? (paper, eq. 4)
 
-    rewards (B, G) float -> (B, G). The std is the unbiased one; eps keeps a group of equal rewards at exactly 0
-    instead of 0/0. G < 2 has no group to compare with: ValueError.
+    rewards (B, G) float -> (B, G). The std is the unbiased one; eps keeps a group of equal rewards from being 0/0.
+    G < 2 has no group to compare with: ValueError.
 
     scale=False (Dr. GRPO) leaves out the division: with it, groups that nearly always fail or nearly always succeed
     get the largest advantages, although they have least to teach."""
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be (B, G) with G >= 2 completions per prompt, got {tuple(rewards.shape)}")
+    rewards = rewards - rewards[:, :1]  # a group of equal rewards is exactly 0 then, whatever its mean rounds to
     deviation = rewards - rewards.mean(dim=1, keepdim=True)
     return deviation / (rewards.std(dim=1, keepdim=True) + eps) if scale else deviation
 
@@ -84,7 +85,6 @@ def completion_logps(model, prompt_embeds, completion_ids, chunk=512):
         model.logits(hidden)           -> (..., V)
     Gradients flow through `kv` into the prompt, summed over the G rows: the same value and the same gradient as
     with the prompt repeated G times, for G + 1 short sequences instead of G long ones.
-
     """
     G, C = completion_ids.shape
     prompt_embeds = prompt_embeds.reshape(1, *prompt_embeds.shape[-2:])
@@ -100,8 +100,9 @@ def completion_logps(model, prompt_embeds, completion_ids, chunk=512):
 def per_token_kl(logps, ref_logps):
     """KL[policy || reference] per token by the k3 estimator exp(d) - d - 1 with d = ref - policy.
 
-    (rows, C), (rows, C) -> (rows, C). Unbiased under samples of the policy, never negative, 0 where both agree; the
-    simpler k1 = -d has zero expected gradient when used as a loss."""
+    (rows, C), (rows, C) -> (rows, C). Its value is unbiased under samples of the policy, never negative, 0 where
+    both agree. As a loss its gradient is that of KL[reference || policy], which has the same minimum; that of the simpler
+    k1 = -d would be zero on average."""
     d = ref_logps - logps
     return d.exp() - d - 1
 
@@ -113,12 +114,12 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, beta=0.04, clip_eps
         loss = mean over completions of the mean over their tokens of -(min(ratio A, clip(ratio) A) - beta KL)
 
     logps       (rows, C) float32 with gradient: the policy
-    old_logps   (rows, C) of the policy that sampled them, or None: this is the first update after the rollout, so
+    old_logps   (rows, C) of the policy that sampled them, or None: this is the first step after the rollout, so
                 the ratio is 1 in value; its gradient is that of logps
     ref_logps   (rows, C) of the frozen reference, or None: no KL term
     advantages  (rows,) or (B, G)
-    mask        (rows, C) bool or 0/1: the tokens that count. Without those of truncated completions (DAPO), they are
-                not punished for what they did not get to say
+    mask        (rows, C) bool or 0/1: the tokens that count. Leave truncated completions out (DAPO), and they are
+                not punished for what they had no room to say
     clip_high   the ratio's clip above 1, if not clip_eps (DAPO): room for rare tokens to become likely
     token_mean  (DAPO) mean over all tokens at once: a long completion counts more, and its tokens no less than others
     total       completions (with token_mean: tokens that count) of the whole update, when this batch is a part of it:

@@ -1,7 +1,7 @@
 """The two verifiable rewards of R1-Omni: R = R_acc + R_format (paper, eq. 5), both 0 or 1, both rules on text.
 
-A reward is a function (completion: str, label: str) -> float; `format_reward` needs no label. Adding one is adding
-a function here and an entry to REWARDS in train_grpo.py.
+A reward is a function (completion: str, label: str) -> float; `format_reward` needs no label. One of your own needs no change
+here: write it into a file beside your data and give `train_grpo.py --reward file:function` (see the README).
 """
 
 import re

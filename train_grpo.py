@@ -83,7 +83,7 @@ class Config(TrainingFlags):
     std: bool = flag(True, "divide advantages by the group's standard deviation; --no-std is Dr. GRPO's")
     token_mean: bool = flag(False, "average the loss over all tokens, not over completions (DAPO)")
     clip_high: float = flag(0.0, "the clip above 1, if not --clip-eps (DAPO: 0.28)", least=0)
-    mask_truncated: bool = flag(False, "completions that are cut off do not count in the loss (DAPO)")
+    mask_truncated: bool = flag(False, "completions that are cut off get no gradient (DAPO)")
     updates_per_rollout: int = flag(1, "optimizer steps per rollout", least=1)
     clip_norm: float = flag(1.0, "largest gradient norm")
     compile: bool = flag(True, "on a GPU: compile the sampling step (needs a C compiler) and replay it as a CUDA graph")
@@ -181,8 +181,7 @@ def draw_curves(metrics, path):
             axis.plot(*zip(*points) if points else ([], []), marker="o" if title == "validation" else None, label=name)
         axis.set(title=title, xlabel="update")
         axis.grid(alpha=0.3)
-        if len(names) > 1:
-            axis.legend(fontsize=8)
+        axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(partial := path.with_name("partial_" + path.name), dpi=110)
     os.replace(partial, path)
@@ -197,12 +196,13 @@ def main(argv=None):
         config.test = config.test or (clips["test"], clips["test_ood"], clips["swapped"])
     if not config.data:
         raise DataError("needs --data MANIFEST with --model")
+    if config.kl == "reward" and not config.beta:
+        raise DataError("--kl reward needs a --beta above 0")
 
     # Set-up: the policy holds float32 master weights; the reference shares the frozen towers and BERT with it.
     rewards_of = find_rewards(config.reward)
     model, tokenizer, bert = load(config)
-    device = model.device
-    on_gpu, dtype = device.type == "cuda", compute_dtype(device)
+    device, on_gpu, dtype = model.device, model.device.type == "cuda", compute_dtype(model.device)
     examples = read_examples(config.data, config)
     val = read_examples(config.val, config) if config.val else []
     tests = {Path(path).stem: read_examples([path], config) for path in config.test}
@@ -302,9 +302,8 @@ def main(argv=None):
                 old_logps = None  # one step per rollout: the policy that sampled is the policy that is scored
 
             # 4. Advantages within each group.
-            if config.kl == "reward":
-                total = kl_in_reward(total, sampled_logps.cpu(), ref_logps.cpu(), mask.cpu(), config.beta)
-            advantages = group_advantages(total, scale=config.std).to(device)  # (B, G), eq. 4
+            shaped = total if config.kl == "loss" else kl_in_reward(total, *(x.cpu() for x in (sampled_logps, ref_logps, mask)), config.beta)
+            advantages = group_advantages(shaped, scale=config.std).to(device)  # (B, G), eq. 4
 
             # 5., 6. KL and loss. Gradients add up prompt by prompt; the number of completions of the whole update
             #        normalises each part, so that the sum is the update's mean.
@@ -351,9 +350,10 @@ def main(argv=None):
                      "entropy": (-(sampled_logps * mask).sum(-1) / mask.sum(-1)).mean().item(),
                      "completion_length": int(mask.sum()) / (B * G),
                      "truncated": sum(not ended for group in decoded for _, ended in group) / (B * G),
-                     "zero_spread": (total.std(dim=1) == 0).float().mean().item()}
+                     "zero_spread": (total == total[:, :1]).all(dim=1).float().mean().item()}
             seconds, tokens = sum(phases.seconds.values()), add({"tokens": int(mask.sum())})["tokens"]
-            line = {"update": update, **mean(means, B), **add(line), "grad_norm": grad_norm, "lr": lr, "steps_left_out": int(not good),
+            line = add(line) | ({} if reference else {"kl": None})  # without a reference not 0 but unknown
+            line = {"update": update, **mean(means, B), **line, "grad_norm": grad_norm, "lr": lr, "steps_left_out": int(not good),
                     "seconds": seconds, **{f"seconds_{phase}": value for phase, value in phases.seconds.items()},
                     "tokens_per_second": tokens / seconds}
             if on_gpu:
@@ -373,7 +373,7 @@ def main(argv=None):
             if update % config.val_every == 0:
                 first(lambda: draw_curves(run.metrics, out / "curves.png"))
             progress.update()
-            progress.set_postfix({name: f"{value.mean():.2f}" for name, value in rewards.items()}, kl=f"{line['kl']:.3f}",
+            progress.set_postfix({name: f"{value.mean():.2f}" for name, value in rewards.items()}, kl=f"{line['kl'] or 0:.3f}",
                                  len=f"{line['completion_length']:.0f}", tok_s=f"{line['tokens_per_second']:.0f}")
 
     first(lambda: model.save_pretrained(out / "last", getattr(torch, config.save_dtype)))

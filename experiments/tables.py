@@ -60,13 +60,13 @@ def ablations(folder):
     for file in sorted(folder.glob("*_[0-9]/results.json"), key=lambda file: file.stat().st_mtime):
         arm, seed = file.parent.name.rsplit("_", 1)
         after = read(file)["after"]
-        _, *lines = map(json.loads, (file.parent / "metrics.jsonl").read_text().splitlines())
+        header, *lines = map(json.loads, (file.parent / "metrics.jsonl").read_text().splitlines())
         last = lines[-10:]
         results.setdefault(arm, {})[seed] = {
             "test WAR": after["test"]["war"], "test_ood WAR": after["test_ood"]["war"],
             **{f"sampled {name}": statistics.mean(line[f"reward_{name}"] for line in last) for name in ("accuracy", "format")},
             "face true": after["test"]["face_true"], "voice true": after["test"]["voice_true"],
-            "KL": statistics.mean(line["kl"] for line in last), "length": statistics.mean(line["completion_length"] for line in last)}
+            "KL": statistics.mean(line["kl"] for line in last) if header["config"]["beta"] else None, "length": statistics.mean(line["completion_length"] for line in last)}
     return results
 
 
@@ -129,7 +129,7 @@ def page(name, facts):
                 "WAR with one medium taken out of prompt and input.\n", table(ALONE), "\n## Each seed\n", each_seed(results, RATES, METHODS)]
     else:
         text = ["# Variants of GRPO on the toy\n", head, "Eight arms, seeds 0 to 2, 50 updates from the cold start of the same seed. *Sampled*, KL "
-                "(nats per token, to the cold start; 0 where none is computed) and length (tokens) are means over the last ten updates; the others "
+                "(nats per token, to the cold start; – where there is no reference) and length (tokens) are means over the last ten updates; the others "
                 "are greedy after training.\n", table(VARIANTS), "\n## Each seed\n", each_seed(results, VARIANTS)]
     return "\n".join(text) + "\n"
 

@@ -29,6 +29,13 @@ def test_advantages_need_a_group(rewards):
         group_advantages(rewards)
 
 
+@pytest.mark.parametrize("reward", [1.0, 1.1, 2.1, 0.3])
+@pytest.mark.parametrize("G", [3, 8, 12])
+def test_equal_rewards_have_exactly_no_advantage(reward, G):
+    """Also where their mean rounds to another number: such a group must not pull, and its backward pass is left out."""
+    assert not group_advantages(torch.full((2, G), reward)).any() and not group_advantages(torch.full((2, G), reward), scale=False).any()
+
+
 def test_kl_by_hand():
     logps, ref = torch.tensor([[0.0, -LOG2, -LOG2]]), torch.tensor([[0.0, 0.0, -2 * LOG2]])
     # d = 0, log 2, -log 2: exp(d) - d - 1

@@ -128,6 +128,14 @@ def test_the_papers_table():
     assert tuple(PUBLISHED["R1-Omni"]) == ("DFEW", "MAFW", "RAVDESS")
 
 
+def test_memory_is_what_was_counted():
+    rows = [line.split() for line in (ROOT / "BENCHMARKS.md").read_text(encoding="utf-8").splitlines() if re.match(r" +\d+ +\d+ +\d+ +(yes|no) ", line)]
+    counted = {next(cell for cell in row[5:] if re.fullmatch(r"\d+\.\d", cell)) for row in rows}
+    quoted = re.search(r"needs (\d+\.\d) GiB; `--gradient-checkpointing` brings that to (\d+\.\d), `--offload-optimizer` to (\d+\.\d), "
+                       r"`--beta 0` to (\d+\.\d)", README.replace("\n", " "))
+    assert quoted and all(number in counted for number in (*quoted.groups(), re.search(r"\((\d+\.\d) GiB here", README)[1]))
+
+
 def test_times_are_those_that_were_measured():
     runs = json.loads((ROOT / "experiments" / "runs.json").read_text())
     assert {"date", "machine", "seed"} <= runs.keys()

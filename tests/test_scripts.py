@@ -88,6 +88,7 @@ def test_grpo_runs_end_to_end(manifest, tmp_path, beta, steps_per_rollout, capsy
     assert [line["update"] for line in lines] == [1, 2, 3] and lines[0]["lr"] == 1e-3 > lines[2]["lr"]
     assert all(0 <= line["reward_format"] <= 1 and line["completion_length"] <= 6 for line in lines)
     assert ["val_war" in line for line in lines] == [False, True, True]  # every second update, and the last
+    assert all((line["kl"] is None) == (beta == "0") for line in lines)
     if beta != "0" and steps_per_rollout == "1":
         assert lines[0]["kl"] < 1e-6 and abs(lines[0]["loss"]) < 1e-5  # the policy is the reference; the ratio is 1
     for folder in ("last", "best"):
@@ -109,6 +110,14 @@ def test_a_sample_is_shown_with_its_parts():
     best, worst = (i for i, line in enumerate(shown) if "advantage" in line)  # the second is the worst, not the third
     assert shown[best:best + 3] == ["   accuracy 1  format 1  advantage +1.15", "           <think>x</think>", "           <answer>sad</answer>"]
     assert shown[worst] == "   accuracy 0  format 0  advantage -0.58"
+
+
+def test_kl_in_the_reward_does_not_blur_what_is_logged(manifest, tmp_path):
+    train_grpo.main(["--model", CHECKPOINT, "--data", manifest, "--out", str(tmp_path / "grpo"), "--updates", "3", "--prompts", "2", "--group", "3",
+                     "--max-new-tokens", "6", "--lr", "1e-2", "--kl", "reward", "--beta", "1", "--workers", "0"])
+    _, lines = read_metrics(tmp_path / "grpo")
+    assert lines[-1]["kl"] > 0 and all(line["reward"] == line["reward_accuracy"] + line["reward_format"] for line in lines)
+    assert lines[-1]["grad_norm"] > 0  # all rewards are 0; the KL in them pulls
 
 
 def test_curves_are_drawn_during_the_run(manifest, tmp_path, monkeypatch):
@@ -356,6 +365,7 @@ def test_statements_are_checked_against_what_face_and_voice_did():
     (["--prompts", "-3"], "--prompts must be at least 1"),
     (["--model", CHECKPOINT], "needs --data"),
     (["--model", CHECKPOINT, "--data", "nowhere.json"], "nowhere.json"),
+    (["--model", CHECKPOINT, "--data", "nowhere.json", "--kl", "reward", "--beta", "0"], "--kl reward needs a --beta above 0"),
 ])
 def test_grpo_refuses_what_it_cannot_do(arguments, message, tmp_path):
     with pytest.raises(DataError, match=message):
