@@ -220,18 +220,16 @@ class Run:
 
     def steps(self, total):
         """Numbers of the steps that are left of `total`; states are saved between them."""
+        self.in_step = True
         for step in range(self.step + 1, total + 1):
-            try:
-                self.in_step = True
-                yield step
-                self.step = step
-                stop = add({"asked": self.asked_to_stop})["asked"] > 0  # a signal may reach one rank before another
-                if stop or step % self.save_every == 0 or step == total:
-                    self.save()
-            finally:  # also when the loop is left by a break
-                self.in_step = False
+            yield step
+            self.step = step
+            stop = add({"asked": self.asked_to_stop})["asked"] > 0  # a signal may reach one rank before another
+            if stop or step % self.save_every == 0 or step == total:
+                self.save()
             if stop:
                 self._stop()
+        self.in_step = False
 
     def _on_signal(self, number, frame):
         """SIGINT, SIGTERM: a step that has begun is finished and saved first; a second signal stops at once."""

@@ -97,7 +97,8 @@ def run(main, memory_flags=()):
     except RuntimeError as error:
         if distributed.WORLD == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
             raise
-        fail("another process of this run has ended; the same command goes on from what was saved", 1)
+        fail("another process of this run has ended, or cannot be reached; the same command goes on from what was saved\n"
+             f"({str(error).splitlines()[0][:300]})", 1)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from what was saved", file=sys.stderr)
         sys.exit(130)
@@ -124,14 +125,23 @@ class Common:
     device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one")
 
 
-def load(config, dtype=torch.float32):
-    """config.model and the encoders' directories -> (model, tokenizer, BERT's tokenizer) on config.device."""
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    device = f"cuda:{distributed.LOCAL_RANK}" if device == "cuda" and distributed.WORLD > 1 else device
+def choose_device(name):
+    """--device -> the name of a device that is there, a GPU's with its number: 0, or that of the rank among its machine's."""
+    device = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{distributed.LOCAL_RANK}"
+    elif device.startswith("cuda") and distributed.WORLD > 1:
+        raise DataError(f"--device {name}: of several processes each takes a GPU of its own; leave --device out")
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # no such device; AssertionError: torch without CUDA
         raise DataError(f"--device {device} cannot be used ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def load(config, dtype=torch.float32):
+    """config.model and the encoders' directories -> (model, tokenizer, BERT's tokenizer) on config.device."""
+    device = choose_device(config.device)
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32: exact for products of bf16 numbers, such as the float32 head's

@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import multiprocessing       # the standard one, with tensors handed over in shared memory
 
+from distributed import WORLD
 from errors import ClipError, DataError, is_file, read_json, require
 from media import decode, frame_indices, load_clip, load_frames, load_waveform, log_mel, preprocess_frames, present
 from text import MODALITIES, QUESTION_LABEL, QUESTION_REASONING, BertTokenizer, Tokenizer
@@ -209,8 +210,8 @@ def batches(dataset, order, batch_size, workers=0, skip_log=None, start=0):
     """Yield lists of batch_size items dataset[i] for i in `order` (the last list may be shorter), from batch `start` on.
 
     `workers` processes decode ahead, about one batch; with 0 it happens here. Workers share out clips, not
-    batches, so the first batch comes early. Errors of the data arrive as they were raised. An item's key "position"
-    is its place in `order`: batch k is order[k * batch_size:(k + 1) * batch_size], less the clips left out.
+    batches, so the first batch comes early. Errors of the data arrive as they were raised. Batch k is
+    order[k * batch_size:(k + 1) * batch_size], less the clips left out: empty if all of them are.
 
     skip_log: a file; clips that cannot be used are then listed there and left out. More than 5 % of the data set's clips
     is an error all the same: then something else is wrong, and so is a worker that dies or hangs. With a `start`, the list
@@ -226,22 +227,21 @@ def batches(dataset, order, batch_size, workers=0, skip_log=None, start=0):
     rest = order[start * batch_size:]
     ahead = min(max(batch_size, 2 * workers), 32 * workers)     # few enough for the messages to fit into the pipes
     items = _load_ahead(dataset, rest, workers, ahead) if workers else (_load_item(dataset, i) for i in rest)
-    items = zip(itertools.count(start * batch_size), items)
+    items = iter(items)
     while batch := list(itertools.islice(items, batch_size)):
         good = []
-        for position, item in batch:
+        for item in batch:
             if not isinstance(item, DataError):
-                good.append({**item, "position": position})
+                good.append(item)
                 continue
             if not skip_log or not isinstance(item, ClipError):
                 raise item
             skipped.add(str(item))
             skip_log.parent.mkdir(parents=True, exist_ok=True)
             skip_log.write_text("\n".join(sorted(skipped)) + "\n", encoding="utf-8")
-            if len(skipped) > 0.05 * len(dataset):
+            if len(skipped) > 0.05 * len(dataset) / WORLD:  # of several processes, each has its share of the clips
                 raise DataError(f"{len(skipped)} of {len(dataset)} clips cannot be used, more than 5 %; they are listed in {skip_log}")
-        if good:
-            yield good
+        yield good
 
 
 # ------------------------------------------------------------------------------------------------ what the model sees

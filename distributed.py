@@ -87,8 +87,8 @@ def first(make):
 
 
 def add_gradients(parameters):
-    """Replace every gradient by its sum over the ranks; one that a rank has not is 0 there."""
-    if WORLD == 1:
+    """Replace every gradient by its sum over the ranks; one that a rank has not is 0 there, if any rank has one."""
+    if WORLD == 1 or not add({"any": any(parameter.grad is not None for parameter in parameters)})["any"]:
         return
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

@@ -16,6 +16,7 @@ NAME_confusion.png. An interrupted evaluation goes on from NAME.partial.jsonl.
 
 import glob
 import json
+import os
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from distributed import RANK, WORLD, first, gather, own
 from generate import generate
 from grpo import completion_mask
 from rewards import extract_answer, format_reward
-from toy import follows, read_statements
+from toy import follows, read_statements, write_json
 
 matplotlib.use("Agg")  # draws to files; no display needed
 import matplotlib.pyplot as plt  # noqa: E402
@@ -49,6 +50,8 @@ def evaluate(model, tokenizer, bert, examples, *, fit="pad", batch_size=32, work
     order, rows = order[RANK::WORLD], rows if RANK == 0 else []
     with tqdm(total=len(examples), initial=len(done), desc=title, unit="clip", leave=False, disable=RANK > 0) as progress, compute(model):
         for clips in batches(clips_of(model, examples, fit), order, batch_size, workers, skip_log=skip_log):
+            if not clips:  # all of them bad
+                continue
             batch = [examples[clip["index"]] for clip in clips]
             prompts = prompts_of(model, tokenizer, bert, batch, encode_clips(model, clips))
             ids = generate(model, prompts, samples, max_new_tokens, temperature, top_p, tokenizer.eos_token_id,
@@ -218,7 +221,9 @@ def start_log(path, settings):
     lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     if lines and lines[0].strip() != header:
         raise DataError(f"{path}: an unfinished evaluation with other settings; delete it or choose another --out")
-    path.write_text("".join(lines) or header + "\n", encoding="utf-8")
+    partial = path.with_suffix(".new")
+    partial.write_text("".join(lines) or header + "\n", encoding="utf-8")
+    os.replace(partial, path)
     for part in parts:
         part.unlink()
     return path
@@ -245,16 +250,15 @@ def evaluate_manifest(config, loaded, manifest, modality, name):
     result = {"name": name, "settings": settings, "metrics": metrics, "completions": rows}
     if config.aliases:
         result["metrics_with_aliases"] = score(rows, aliases=True)
-    if RANK == 0:
-        (out / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-        draw_confusion(metrics, out / f"{name}_confusion.png")
-    own(log).unlink(missing_ok=True)
+    first(lambda: write_json(out / f"{name}.json", result))
+    first(lambda: draw_confusion(metrics, out / f"{name}_confusion.png"))
+    own(log).unlink(missing_ok=True)  # not before the results are there
     print(f"\n{name}\n{report(metrics)}")
     if config.aliases:
         loose = result["metrics_with_aliases"]
         print(f"\nwith aliases: WAR {100 * loose['war']:.2f}   UAR {100 * loose['uar']:.2f}   unknown words {loose['unknown']}")
-    if skip_log and skip_log.exists():
-        print(f"\nclips left out are listed in {skip_log}")
+    for file in sorted(out.glob(f"{glob.escape(name)}.skipped*.txt")):
+        print(f"\nclips left out are listed in {file}")
     return metrics
 
 

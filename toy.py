@@ -367,7 +367,7 @@ def make_clips(root, splits=CLIP_SPLITS, seed=0):
 def write_json(path, value):
     """Writes a JSON file whole or not at all."""
     partial = Path(f"{path}.partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -527,14 +527,15 @@ def train_base(out, seed=0, root=ROOT):
     everything but BERT on what face and voice do.  Plays the part of HumanOmni-0.5B, which was pretrained elsewhere.
     """
     import train_sft
-    clips, work = make_clips(root, ("text", "base")), Path(root) / f"base_{seed}"
-    new_model(work / "new", seed)
+    from distributed import first
+    clips, work = first(lambda: make_clips(root, ("text", "base"))), Path(root) / f"base_{seed}"
+    first(lambda: new_model(work / "new", seed))
     common = ["--seed", str(seed), "--batch-size", "32"]
     train_sft.main(["--model", str(work / "new"), "--data", str(clips["text"]), "--out", str(work / "text"),
                     "--steps", "400", "--lr", "3e-3", "--save-dtype", "float32", *common])
     train_sft.main(["--model", str(work / "text"), "--data", str(clips["base"]), "--out", str(out), "--train-towers",
                     "--steps", "900", "--lr", "1e-3", *common])
-    (Path(out) / "text_metrics.jsonl").write_bytes((work / "text" / "metrics.jsonl").read_bytes())
+    first(lambda: (Path(out) / "text_metrics.jsonl").write_bytes((work / "text" / "metrics.jsonl").read_bytes()))
 
 
 def train_cold_start(base, out, seed=0, root=ROOT):

@@ -19,7 +19,6 @@ explained in the README.
 """
 
 import importlib
-import json
 import math
 import os
 import sys
@@ -75,7 +74,7 @@ class Config(TrainingFlags):
     reward: tuple = flag((), "further rewards, module:function each, with function(completion, label) -> float; the total is the sum")
     # the optimizer
     lr: float = flag(2.5e-4, "learning rate at the start; falls linearly to 0")
-    beta: float = flag(0.04, "weight of the KL to the frozen starting point; 0: no reference is kept")
+    beta: float = flag(0.04, "weight of the KL to the frozen starting point; 0: no reference is kept", least=0)
     clip_eps: float = flag(0.2, "PPO clip of the probability ratio, felt from the second step per rollout on")
     # variants; the defaults are the paper's
     kl: str = flag("loss", "where the KL counts: per token in the loss (k3), or summed up in the reward (k1); off: --beta 0",
@@ -226,6 +225,8 @@ def main(argv=None):
     with compute(model):
         sampler.warm_up()
     run.track(parameters, optimizer)
+    resting = "cpu" if config.offload_optimizer else device  # where AdamW's moments are between steps
+    move_moments(optimizer, resting)
     skip_log = own(out / "skipped.txt") if config.on_bad_clip == "skip" else None
 
     def evaluate_on(name, examples, title):
@@ -237,17 +238,17 @@ def main(argv=None):
         return {name: evaluate_on(name, test, f"{name}, {when}") for name, test in tests.items()}
 
     if "before" not in run.facts:
-        run.facts |= {"before": test_all("before"), "batches": 0, "best_war": -1.0}
+        run.facts |= {"before": test_all("before"), "best_war": -1.0}
         run.save()
     clips_ahead = batches(clips_of(model, examples, config.fit, config.cache_features), order, own_prompts, config.workers,
-                          skip_log=skip_log, start=run.facts["batches"])
+                          skip_log=skip_log, start=run.step)
     start, done_before = time.perf_counter(), len(run.metrics)
     with tqdm(total=config.updates, initial=run.step, desc="grpo", unit="update", disable=RANK > 0) as progress:
         for update in run.steps(config.updates):
             phases = Phases(device)
-            clips = next(clips_ahead, None)
-            if add({"at the end": clips is None})["at the end"]:  # bad clips were left out at the very end
-                break
+            clips = next(clips_ahead)
+            if add({"empty": not clips})["empty"]:  # a rank's clips are all bad: all ranks leave the update out
+                continue
             phases.end("data")
             batch = [examples[clip["index"]] for clip in clips]
             B, G = len(batch), config.group
@@ -339,8 +340,7 @@ def main(argv=None):
                     move_moments(optimizer, device)
                     optimizer.step()
                 optimizer.zero_grad()
-                if config.offload_optimizer:
-                    move_moments(optimizer, "cpu")
+                move_moments(optimizer, resting)
                 phases.end("optimizer")
                 if not good:
                     break
@@ -368,7 +368,6 @@ def main(argv=None):
                 if result["war"] >= run.facts["best_war"]:  # of equals the later: it has seen more
                     run.facts["best_war"] = result["war"]
                     first(lambda: model.save_pretrained(out / "best", getattr(torch, config.save_dtype)))
-            run.facts["batches"] = clips[-1]["position"] // own_prompts + 1
             run.log(line)
             if update % config.val_every == 0:
                 first(lambda: draw_curves(run.metrics, out / "curves.png"))
@@ -379,11 +378,11 @@ def main(argv=None):
     first(lambda: model.save_pretrained(out / "last", getattr(torch, config.save_dtype)))
     first(lambda: draw_curves(run.metrics, out / "curves.png"))
     if (out / "best").exists():  # report the checkpoint that validation chose
-        model = reference = working_copy = sampler = optimizer = parameters = run.parameters = run.optimizer = None  # make room for it
+        # Make room for it: no name may hold the parameters any more.
+        model = reference = working_copy = sampler = optimizer = parameters = group = loss = logps = run.parameters = run.optimizer = None
         model, tokenizer, bert = load(replace(config, model=out / "best", siglip="", whisper="", bert=""))
     before, after = run.facts["before"], test_all("after")
-    results = json.dumps({"config": asdict(config), "before": before, "after": after}, indent=1, default=str) + "\n"
-    first(lambda: (out / "results.json").write_text(results))
+    first(lambda: toy.write_json(out / "results.json", {"config": asdict(config), "before": before, "after": after}))
     run.finish()
     if tests:
         print(f"\n{'':10}{'':8}{'WAR':>8}{'UAR':>8}{'format':>8}{'length':>8}")

@@ -103,8 +103,11 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=0.0, fused=True)
     run = Run(f"{config.out}.run", config, input_files(config))
     run.track(parameters, optimizer)
-    decoded = batches(clips_of(model, examples, config.fit), order, own_size, config.workers, start=run.facts.get("batches", 0),
+    resting = "cpu" if config.offload_optimizer else model.device  # where AdamW's moments are between steps
+    move_moments(optimizer, resting)
+    decoded = batches(clips_of(model, examples, config.fit), order, own_size, config.workers, start=run.step,
                       skip_log=own(run.folder / "skipped.txt") if config.on_bad_clip == "skip" else None)
+    nothing_done = run.step == steps
     with tqdm(total=steps, initial=run.step, desc=f"sft {Path(config.out).name}", unit="step", disable=RANK > 0) as progress:
         for step in run.steps(steps):
             clips = next(decoded, [])
@@ -112,8 +115,8 @@ def main(argv=None):
             targets = [tokenizer.sft_ids(e.question, e.answer, e.modality) for e in batch]  # (ids, labels) each
             answers = [torch.tensor([label for label in labels if label >= 0], device=model.device) for _, labels in targets]
             num_tokens = add({"tokens": sum(map(len, answers))})["tokens"]  # of all ranks: the parts' losses then add up
-            if not num_tokens:  # bad clips were left out at the very end
-                break
+            if not num_tokens:  # all of the batch's clips are bad
+                continue
             loss = 0.0
             size = config.micro_batch or config.batch_size
             for start in range(0, len(batch), size):
@@ -136,20 +139,22 @@ def main(argv=None):
                 move_moments(optimizer, model.device)
                 optimizer.step()
             optimizer.zero_grad()
-            if config.offload_optimizer:
-                move_moments(optimizer, "cpu")
-            run.facts["batches"] = clips[-1]["position"] // own_size + 1 if clips else step
+            move_moments(optimizer, resting)
             run.log({"step": step, "loss": loss, "grad_norm": norm, "lr": lr, "steps_left_out": int(not good)})
             progress.update()
 
-    first(lambda: place_checkpoint(config, run.folder, model))
+    first(lambda: place_checkpoint(config, run.folder, model, nothing_done))
     run.finish()
     first(lambda: shutil.rmtree(run.folder))
     print(f"loss {run.metrics[0]['loss']:.3f} -> {run.metrics[-1]['loss']:.3f}; checkpoint in {config.out}")
 
 
-def place_checkpoint(config, folder, model):
-    """Make the checkpoint ready in the run's folder, and move it to its place whole."""
+def place_checkpoint(config, folder, model, nothing_done):
+    """Make the checkpoint ready in the run's folder, and move it to its place whole; unless an earlier process, which was killed
+    right after, has done so."""
+    placed = Path(config.out) / "metrics.jsonl"
+    if nothing_done and placed.exists() and placed.read_bytes() == (folder / "metrics.jsonl").read_bytes():
+        return
     model.save_pretrained(folder / "checkpoint", getattr(torch, config.save_dtype))
     for file in (folder / "metrics.jsonl", *folder.glob("*.txt"), *folder.glob("nonfinite_*.json")):
         shutil.copy(file, folder / "checkpoint")

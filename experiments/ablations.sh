@@ -10,6 +10,8 @@ cd "$(dirname "$0")/.."
 export PYTHON=${PYTHON:-python} OUT=runs/ablations
 export OMP_NUM_THREADS=1  # the model is small: two runs side by side get more out of two cores than one run after the other
 mkdir -p $OUT
+keep_time() { echo $(($(cat $OUT/seconds 2>/dev/null || echo 0) + SECONDS)) > $OUT/seconds; SECONDS=0; }  # of all starts together
+trap keep_time EXIT
 
 ARMS=(
     "paper"
@@ -28,6 +30,7 @@ one_run() {  # seed, arm, flags
     [ -f $OUT/${arm}_$seed/results.json ] || $PYTHON train_grpo.py --model runs/toy/cold_start_$seed --data runs/toy/train.json \
         --val runs/toy/validation.json --val-every 25 --test runs/toy/test.json runs/toy/test_ood.json \
         --updates 50 --seed $seed --out $OUT/${arm}_$seed "$@" > $OUT/${arm}_$seed.log 2>&1
+    [ -f $OUT/${arm}_$seed/results.json ]  # a trainer that is stopped ends well, but without results
 }
 export -f one_run
 
@@ -39,4 +42,5 @@ for arm in "${ARMS[@]}"; do
         echo "$seed $arm"
     done
 done | xargs -P 2 -I {} bash -euo pipefail -c 'one_run {}'
-$PYTHON experiments/tables.py ablations --minutes $((SECONDS / 60))
+keep_time
+$PYTHON experiments/tables.py ablations

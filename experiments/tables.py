@@ -3,7 +3,7 @@
     python experiments/tables.py table1           of what table1.sh has left in runs/table1
     python experiments/tables.py ablations        of what ablations.sh has left in runs/ablations
 
-Called by those scripts. Each figure is the mean over seeds ± the standard deviation (n - 1), in percent; every seed's own
+Called by those scripts; a missing seed is an error. Each figure is the mean over seeds ± the standard deviation (n - 1), in percent; every seed's own
 figures stand below, the failures with the others.
 """
 
@@ -137,13 +137,14 @@ def page(name, facts):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=("table1", "ablations"))
-    parser.add_argument("--minutes", type=int, help="how long the script took; else what was written before is kept")
     args = parser.parse_args()
     out, folder = ROOT / "experiments", ROOT / "runs" / args.name
     results = table1(folder) if args.name == "table1" else ablations(folder)
-    old = read(out / f"{args.name}.json") if args.minutes is None and (out / f"{args.name}.json").exists() else {}
-    facts = {"command": f"experiments/{args.name}.sh", "date": old.get("date", str(date.today())), "machine": processor(),
-             "torch": torch.__version__, "minutes": old.get("minutes", args.minutes), "results": results}
+    seeds = {name: sorted(rows) for name, rows in results.items() if name != "base"}
+    if not seeds or len({*map(tuple, seeds.values())}) > 1 or len(seeds) != (3 if args.name == "table1" else 8):
+        raise SystemExit(f"error: {folder}: something is missing, there are only {seeds}; start {args.name}.sh again")
+    facts = {"command": f"experiments/{args.name}.sh", "date": str(date.today()), "machine": processor(), "torch": torch.__version__,
+             "minutes": round(int((folder / "seconds").read_text()) / 60), "results": results}
     (out / f"{args.name}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     (out / f"{args.name}.md").write_text(page(args.name, facts), encoding="utf-8")
     print(page(args.name, facts))

@@ -140,6 +140,24 @@ def test_moments_in_main_memory_change_nothing(workplace):
     assert state["exp_avg"].device.type == state["exp_avg_sq"].device.type == "meta" and state["step"].device.type == "cpu"
 
 
+def test_moments_go_to_main_memory_before_a_resumed_run_does_anything(workplace, monkeypatch):
+    stopped_run()
+    places, move = [], train_grpo.move_moments
+    monkeypatch.setattr(train_grpo, "move_moments", lambda optimizer, device: (places.append(str(device)), move(optimizer, device)))
+    run_grpo("--offload-optimizer", "--updates", "6")
+    assert places[0] == "cpu" and len(places) > 1
+
+
+def test_sft_killed_after_its_checkpoint_is_placed_places_no_second_one(workplace):
+    process = child(SFT, "run", prepare=kill_at("finish", 1, owner=checkpoint.Run))
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and Path("run/model.safetensors").exists() and Path("run.run").exists()
+    finish(SFT, "run")
+    assert sorted(path.name for path in workplace.glob("run*")) == ["run"]
+    finish(SFT, "run")  # another run of the same flags is another run
+    assert Path("run.1").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", [GRPO, SFT], ids=["grpo", "sft"])
 def test_killed_at_random_moments_and_resumed_is_the_same_run(workplace, script):
