@@ -570,7 +570,9 @@ def main(argv=None):
     print(f"{'':44}{'ours':>10}{'other':>10} {'':9}{'ratio':>7}{'target':>10}{'stretch':>8}  met")
     for measure in MEASURES:
         if {measure.name, measure.name.split("/")[0]} & set(flags.only) if flags.only else measure.name != "load":
+            start = time.perf_counter()
             results[measure.name] = measure_one(bench, measure)
+            results[measure.name]["took"] = round(time.perf_counter() - start, 1)
             print(line(measure, results[measure.name]), flush=True)
     print(json.dumps({"device": device_name(), "torch": torch.__version__, "transformers": version("transformers"), "preset": flags.preset,
                       "sizes": {name: getattr(flags, name) for name in SIZES}, "threads": torch.get_num_threads(), "measures": results}))
