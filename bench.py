@@ -46,7 +46,7 @@ from grpo import chunked_logps, completion_logps, token_logps
 from model import HumanOmni
 
 ROOT = Path(__file__).parent
-PRESETS = {"small": dict(prompt_tokens=240, new_tokens=24, rows=16, prompts=2, group=8, completion=12, chunk=128, repeats=5),
+PRESETS = {"small": dict(prompt_tokens=192, new_tokens=16, rows=16, prompts=2, group=8, completion=8, chunk=128, repeats=5),
            "full": dict(prompt_tokens=952, new_tokens=256, rows=64, prompts=16, group=8, completion=512, chunk=512, repeats=5)}
 SIZES = dict(prompt_tokens="P", new_tokens="tokens per row where only sampling or only scoring is timed", rows="of G2 and G4/64",
              prompts="B of an update", group="G", completion="longest completion of an update", chunk="positions per chunk of logits",
