@@ -213,9 +213,9 @@ def batches(dataset, order, batch_size, workers=0, skip_log=None, start=0):
     batches, so the first batch comes early. Errors of the data arrive as they were raised. Batch k is
     order[k * batch_size:(k + 1) * batch_size], less the clips left out: empty if all of them are.
 
-    skip_log: a file; clips that cannot be used are then listed there and left out. More than 5 % of the data set's clips
-    is an error all the same: then something else is wrong, and so is a worker that dies or hangs. With a `start`, the list
-    goes on; else it begins anew.
+    skip_log: a file; clips that cannot be used are then listed there and left out. More than 5 % of the data set's clips (of
+    this process's share, where there are several) is an error all the same: then something else is wrong, and so is a worker
+    that dies or hangs. With a `start`, the list goes on; else it begins anew.
     """
     order, skip_log = list(order), skip_log and Path(skip_log)
     skipped = set()

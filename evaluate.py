@@ -36,6 +36,7 @@ from toy import follows, read_statements, write_json
 matplotlib.use("Agg")  # draws to files; no display needed
 import matplotlib.pyplot as plt  # noqa: E402
 
+
 @torch.no_grad()
 def evaluate(model, tokenizer, bert, examples, *, fit="pad", batch_size=32, workers=0, max_new_tokens=512, temperature=0.0,
              top_p=1.0, samples=1, seed=0, title="evaluate", log=None, skip_log=None):

@@ -263,7 +263,7 @@ def main(argv=None):
             with torch.no_grad(), compute(model):
                 prompts = prompts_of(model, tokenizer, bert, batch, (video, audio))
                 sampler.refresh()
-                ids, sampled_logps = sampler(prompts, seed=config.seed * 1_000_003 + update + 1_000_000_007 * RANK)
+                ids, sampled_logps = sampler(prompts, seed=config.seed * 1_000_003 + update + 1_000_000_007 * RANK)  # each rank, update and run draws its own
             C = ids.shape[-1]
             mask = completion_mask(ids.flatten(0, 1), tokenizer.eos_token_id).view(B, G, C)
             phases.end("rollout")

@@ -107,7 +107,7 @@ def main(argv=None):
     move_moments(optimizer, resting)
     decoded = batches(clips_of(model, examples, config.fit), order, own_size, config.workers, start=run.step,
                       skip_log=own(run.folder / "skipped.txt") if config.on_bad_clip == "skip" else None)
-    nothing_done = run.step == steps
+    nothing_left = run.step == steps
     with tqdm(total=steps, initial=run.step, desc=f"sft {Path(config.out).name}", unit="step", disable=RANK > 0) as progress:
         for step in run.steps(steps):
             clips = next(decoded, [])
@@ -143,17 +143,17 @@ def main(argv=None):
             run.log({"step": step, "loss": loss, "grad_norm": norm, "lr": lr, "steps_left_out": int(not good)})
             progress.update()
 
-    first(lambda: place_checkpoint(config, run.folder, model, nothing_done))
+    first(lambda: place_checkpoint(config, run.folder, model, nothing_left))
     run.finish()
     first(lambda: shutil.rmtree(run.folder))
     print(f"loss {run.metrics[0]['loss']:.3f} -> {run.metrics[-1]['loss']:.3f}; checkpoint in {config.out}")
 
 
-def place_checkpoint(config, folder, model, nothing_done):
+def place_checkpoint(config, folder, model, nothing_left):
     """Make the checkpoint ready in the run's folder, and move it to its place whole; unless an earlier process, which was killed
     right after, has done so."""
     placed = Path(config.out) / "metrics.jsonl"
-    if nothing_done and placed.exists() and placed.read_bytes() == (folder / "metrics.jsonl").read_bytes():
+    if nothing_left and placed.exists() and placed.read_bytes() == (folder / "metrics.jsonl").read_bytes():
         return
     model.save_pretrained(folder / "checkpoint", getattr(torch, config.save_dtype))
     for file in (folder / "metrics.jsonl", *folder.glob("*.txt"), *folder.glob("nonfinite_*.json")):

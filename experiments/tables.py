@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
+ARMS = ("paper", "no_std", "token_mean", "kl_in_reward", "no_kl", "group_4", "two_steps", "two_steps_clip_higher")  # of ablations.sh
 METHODS = {"base": "base", "cold_start": "cold start", "label_only": "label-only SFT", "rlvr": "RLVR (GRPO)"}
 
 
@@ -57,8 +58,7 @@ STATED = {"face_true": "face true", "voice_true": "voice true", "follows": "answ
 def ablations(folder):
     """-> {arm: {seed: {figure: value}}}"""
     results = {}
-    for file in sorted(folder.glob("*_[0-9]/results.json"), key=lambda file: file.stat().st_mtime):
-        arm, seed = file.parent.name.rsplit("_", 1)
+    for arm, seed, file in ((arm, file.parent.name[-1], file) for arm in ARMS for file in sorted(folder.glob(f"{arm}_[0-9]/results.json"))):
         after = read(file)["after"]
         header, *lines = map(json.loads, (file.parent / "metrics.jsonl").read_text().splitlines())
         last = lines[-10:]
@@ -141,7 +141,7 @@ def main():
     out, folder = ROOT / "experiments", ROOT / "runs" / args.name
     results = table1(folder) if args.name == "table1" else ablations(folder)
     seeds = {name: sorted(rows) for name, rows in results.items() if name != "base"}
-    if not seeds or len({*map(tuple, seeds.values())}) > 1 or len(seeds) != (3 if args.name == "table1" else 8):
+    if not seeds or len({*map(tuple, seeds.values())}) > 1 or len(seeds) != (len(METHODS) - 1 if args.name == "table1" else len(ARMS)):
         raise SystemExit(f"error: {folder}: something is missing, there are only {seeds}; start {args.name}.sh again")
     facts = {"command": f"experiments/{args.name}.sh", "date": str(date.today()), "machine": processor(), "torch": torch.__version__,
              "minutes": round(int((folder / "seconds").read_text()) / 60), "results": results}
