@@ -1,9 +1,11 @@
-"""Manifests, batches, and worker processes that decode ahead: everything between a list of clips and the model.
+"""Manifests, and the way from their clips to embedded prompts.
 
     examples = read_manifest("manifest.json")
-    for batch in batches(Clips(examples, ...), order, batch_size=16, workers=2): ...
-
-    python data.py show clip.mp4 --out seen.png     # a picture of what the model sees and hears of a clip
+    clips = clips_of(model, examples)                               # what the model takes of each
+    for items in batches(clips, order, batch_size=16, workers=2):   # decoded ahead
+        batch = encode(omni, clips, items)                          # through the frozen towers,
+        once
+        prompts = embed(omni.model, batch)                          # a list of (P, D)
 
 A manifest is a JSON list, in the format of the published data:
 
@@ -11,104 +13,180 @@ A manifest is a JSON list, in the format of the published data:
       "conversations": [{"from": "human", "value": "<video>\\n<audio>\\nWhich emotion ...?"},
                         {"from": "gpt",   "value": "<think>...</think>\\n<answer>happy</answer>"}]}]
 
-Training, evaluation and inference share these functions and those of media.py (video, sound) and text.py (tokenizers), so a
-clip or a prompt looks the same in all of them. Their main names can be imported from this file too.
-Shapes: B prompts, T frames, P prompt length, C completion length, S image size.
+Training, evaluation and inference share these functions and those of media.py (video, sound) and
+text.py (tokenizers), so a clip or a prompt looks the same in all of them. The main names of those
+two can be imported from this file too.
+
+Shapes: B prompts · P prompt length · C completion length · T video frames · N patches per frame ·
+A audio positions · D width of the language model; S image size.
 """
 
-import argparse
-import atexit
-import contextlib
+import functools
 import hashlib
-import itertools
-import signal
-from dataclasses import dataclass, field
-from multiprocessing import connection
+import math
+import zlib
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import multiprocessing       # the standard one, with tensors handed over in shared memory
 
-from distributed import WORLD
-from errors import ClipError, DataError, is_file, read_json, require
-from media import decode, frame_indices, load_clip, load_frames, load_waveform, log_mel, preprocess_frames, present
+from checkpoint import save_tensors
+from grpo import completion_mask
+from media import (
+    decode,
+    frame_indices,
+    load_clip,
+    load_frames,
+    load_waveform,
+    log_mel,
+    preprocess_frames,
+    present,
+)
+from rewards import extract_answer
+from support.ahead import load_ahead
+from support.errors import ClipError, DataError, is_file, read_json, require
+from support.ranks import WORLD
 from text import MODALITIES, QUESTION_LABEL, QUESTION_REASONING, BertTokenizer, Tokenizer
 
-__all__ = ["BertTokenizer", "ClipError", "Clips", "DataError", "Example", "MODALITIES", "QUESTION_LABEL", "QUESTION_REASONING", "Tokenizer",
-           "batches", "frame_indices", "load_clip", "load_frames", "load_waveform", "log_mel", "preprocess_frames", "read_manifest"]
+__all__ = [  # of media.py and text.py, for who imports them from here
+    "MODALITIES",
+    "QUESTION_LABEL",
+    "QUESTION_REASONING",
+    "BertTokenizer",
+    "Tokenizer",
+    "frame_indices",
+    "load_clip",
+    "load_frames",
+    "load_waveform",
+    "log_mel",
+    "preprocess_frames",
+]
 
-CLIP_SECONDS = 300          # a worker that needs longer for a clip hangs; a minute of 4k video takes about 30 s
+# Bytes of tower features that may stay in memory, so that later epochs neither decode nor encode:
+# more than all of the toy's, some 400 clips' at full size.
+KEEP_BYTES = 2 << 30
+
+
+@dataclass
+class Omni:
+    """A model and the two tokenizers that belong to it."""
+
+    model: torch.nn.Module  # HumanOmni
+    tokenizer: Tokenizer
+    bert: BertTokenizer
 
 
 @dataclass
 class Example:
     """One entry of a manifest."""
-    video: Path | None          # None for an entry of text only
-    question: str               # without the <video> and <audio> markers
+
+    video: Path | None  # None for an entry of text only
+    question: str  # without the <video> and <audio> markers
     answer: str
-    modality: str               # which media the prompt holds, one of MODALITIES
-    extra: dict = field(default_factory=dict)       # the entry's other keys, as they are
+    modality: str  # which media the prompt holds, one of MODALITIES
+    extra: dict = field(default_factory=dict)  # the entry's other keys, as they are
 
 
 def read_manifest(path, media_root=None, limit=None):
-    """Manifest (format: top of this file) -> list of Example, the first `limit` if given.
+    """Manifest (format: top of this file, or an entry a line) -> list of Example, the first
+    `limit` if given.
 
-    Paths of clips are relative to media_root, or to the manifest's folder. Raises DataError that names file, entry
-    and field; clips that do not exist are found here, all at once, and not hours into a training run.
+    Paths of clips are relative to media_root, or to the manifest's folder. Raises DataError that
+    names file, entry and field; clips that do not exist are found here, all at once, and not hours
+    into a training run.
     """
     path = Path(path)
     entries = read_json(path)
-    require(isinstance(entries, list) and entries, f"{path}: should be a JSON list of one or more entries")
+    if isinstance(entries, dict) and "conversations" in entries:  # a single line
+        entries = [entries]
+    require(
+        isinstance(entries, list) and entries,
+        f"{path}: should be a JSON list of one or more entries",
+    )
     root = path.parent if media_root is None else Path(media_root)
-    examples = [_read_entry(entry, f"{path}: entry {i}", root) for i, entry in enumerate(entries[:limit])]
+    examples = [
+        _read_entry(entry, f"{path}: entry {i}", root) for i, entry in enumerate(entries[:limit])
+    ]
     videos = dict.fromkeys(example.video for example in examples if example.video)
     missing = [str(video) for video in videos if not is_file(video)]
-    require(not missing, f"{path}: {len(missing)} of {len(videos)} clips do not exist: {', '.join(missing[:3])}"
-             f"{', ...' if missing[3:] else ''}; is --media-root right? (now {root})")
+    require(
+        not missing,
+        f"{path}: {len(missing)} of {len(videos)} clips do not exist: {', '.join(missing[:3])}"
+        f"{', ...' if missing[3:] else ''}; is --media-root right? (now {root})",
+    )
     return examples
 
 
 def _read_entry(entry, where, root):
     require(isinstance(entry, dict), f"{where} should be an object")
     video, turns = entry.get("video"), entry.get("conversations")
-    require("video" not in entry or isinstance(video, str) and video, f"{where}: field video should be a path")
-    require(isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
-             and [turn.get("from") for turn in turns] == ["human", "gpt"],
-             f"{where}: field conversations should be a list of two turns, the first from human, the second from gpt")
+    require(
+        "video" not in entry or isinstance(video, str) and video,
+        f"{where}: field video should be a path",
+    )
+    require(
+        isinstance(turns, list)
+        and all(isinstance(turn, dict) for turn in turns)
+        and [turn.get("from") for turn in turns] == ["human", "gpt"],
+        f"{where}: field conversations should be a list of two turns, the first from human, the "
+        "second from gpt",
+    )
     for number, turn in enumerate(turns):
-        require(isinstance(turn.get("value"), str), f"{where}: field conversations[{number}].value should be a text")
+        require(
+            isinstance(turn.get("value"), str),
+            f"{where}: field conversations[{number}].value should be a text",
+        )
     human, answer = turns[0]["value"], turns[1]["value"]
     modality = "_".join(medium for medium in ("video", "audio") if f"<{medium}>" in human)
-    require(video or not modality, f"{where}: field video is missing, but the question has media markers")
-    return Example(video=root / video if video else None,
-                   question=human.replace("<video>", "").replace("<audio>", "").strip("\r\n"), answer=answer,
-                   modality=modality or ("video_audio" if video else "text"),
-                   extra={key: value for key, value in entry.items() if key not in ("video", "conversations")})
+    require(
+        video or not modality,
+        f"{where}: field video is missing, but the question has media markers",
+    )
+    require(
+        not video or extract_answer(answer),
+        f"{where}: field conversations[1].value has an empty answer, which nothing could match: "
+        f"{answer!r}",
+    )
+    if video and "\\" in video and not is_file(root / video):  # a path as Windows writes it
+        video = video.replace("\\", "/")
+    return Example(
+        video=root / video if video else None,
+        question=human.replace("<video>", "").replace("<audio>", "").strip("\r\n"),
+        answer=answer,
+        modality=modality or ("video_audio" if video else "text"),
+        extra={key: value for key, value in entry.items() if key not in ("video", "conversations")},
+    )
 
 
+@dataclass
 class Clips(torch.utils.data.Dataset):
     """The media of a manifest's examples, decoded when asked for.
 
-    Item i is a dict: index i; pixel_values (T, 3, S, S) float32 and input_features (n_mels, num_samples / 160)
-    float32, each None when the example's modality leaves it out. Raises ClipError.
+    Item i is a dict: index i; pixel_values (T, 3, S, S) float32 and input_features (n_mels,
+    num_samples / 160) float32, each None when the example's modality leaves it out; video and
+    audio, None until `encode` puts the towers' features there. Raises ClipError.
 
-    cache: a folder of tower features, one file per clip. An item then has a key `cache_file` too, and, where that
-    file exists, `features` in place of the media: the clip is not even decoded. The file's name is a digest of all
-    that the features depend on: the media file, frames, fit, and `towers`, a fingerprint of the towers' weights.
+    cache: a folder of tower features, one file per clip. An item whose file exists comes with its
+    features in place of the media: the clip is not even decoded. The file's name is a digest of all
+    that the features depend on: the media file, frames, fit, and `towers`, a fingerprint of the
+    towers' weights.
     """
 
-    def __init__(self, examples, num_frames, image_size, n_mels, num_samples, fit="pad", cache=None, towers=""):
-        self.examples, self.num_frames, self.image_size = examples, num_frames, image_size
-        self.n_mels, self.num_samples, self.fit, self.cache, self.towers = n_mels, num_samples, fit, cache, towers
+    examples: list
+    num_frames: int
+    image_size: int
+    n_mels: int
+    num_samples: int  # at 16 kHz, a multiple of 160
+    fit: str = "pad"
+    cache: str | None = None
+    towers: str = ""
+    keep: int = 0  # how many items `batches` may hold on to for the next time they are asked for
+    kept: dict = field(default_factory=dict)  # index -> item
 
-    def cache_file(self, i):
-        path = self.examples[i].video
-        require(is_file(path), f"{path}: no such file", ClipError)
-        facts = (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns, self.examples[i].modality, self.num_frames,
-                 self.image_size, self.n_mels, self.num_samples, self.fit, self.towers)
-        return Path(self.cache) / (hashlib.sha256(repr(facts).encode()).hexdigest()[:32] + ".safetensors")
+    def __getstate__(self):
+        return {**self.__dict__, "kept": {}}  # a worker process decodes, it keeps nothing
 
     def __len__(self):
         return len(self.examples)
@@ -116,180 +194,262 @@ class Clips(torch.utils.data.Dataset):
     def __getitem__(self, i):
         path, modality = self.examples[i].video, self.examples[i].modality
         want_video, want_audio = "video" in modality, "audio" in modality
-        item = dict(index=i, pixel_values=None, input_features=None)
+        item = {"index": i, "cache_file": None}
+        item |= dict.fromkeys(("pixel_values", "input_features", "video", "audio"))
         if self.cache and path:
             item["cache_file"] = self.cache_file(i)
             if item["cache_file"].exists():
-                try:
-                    features = load_file(item["cache_file"])
-                except (SafetensorError, OSError) as error:
-                    raise DataError(f"{item['cache_file']}: cannot be read ({error}); delete it, it is made again") from error
-                require({*features} == {name for name in ("video", "audio") if name in modality},
-                         f"{item['cache_file']}: does not hold the features of {modality}; delete it, it is made again")
-                return {**item, "features": (features.get("video"), features.get("audio"))}
+                return item | read_features(item["cache_file"], modality)
         if want_video or want_audio:
             frames, waveform = decode(path, self.num_frames, want_video, want_audio)
         if want_video:
-            item["pixel_values"] = preprocess_frames(present(frames, path, "video"), self.image_size, self.fit)
+            frames = present(frames, path, "video")
+            item["pixel_values"] = preprocess_frames(frames, self.image_size, self.fit)
         if want_audio:
-            item["input_features"] = log_mel(present(waveform, path, "audio"), self.n_mels, self.num_samples)
+            waveform = present(waveform, path, "audio")
+            item["input_features"] = log_mel(waveform, self.n_mels, self.num_samples)
         return item
 
+    def cache_file(self, i):
+        """Where the features of clip i are, or will be."""
+        path = self.examples[i].video
+        require(is_file(path), f"{path}: no such file", ClipError)
+        status = path.stat()
+        facts = [str(path.resolve()), status.st_size, status.st_mtime_ns]
+        facts += [self.examples[i].modality, self.num_frames, self.image_size]
+        facts += [self.n_mels, self.num_samples, self.fit, self.towers]
+        name = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+        return Path(self.cache) / f"{name}.safetensors"
 
-def _load_item(dataset, index):
-    """One item, or its DataError as a value: torch would wrap a raised one into a page of worker traceback."""
+
+def read_features(file, modality):
+    """The towers' features of one clip from the cache -> {"video": ..., "audio": ...}."""
+    again = "delete it, it is made again"
     try:
-        return dataset[index]
-    except DataError as error:
-        return error
+        features = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{file}: cannot be read ({error}); {again}") from error
+    wanted = {name for name in ("video", "audio") if name in modality}
+    require(set(features) == wanted, f"{file}: does not hold the features of {modality}; {again}")
+    return features
 
 
-@contextlib.contextmanager
-def _signals_wait():
-    """Inside, no signal is answered: not in the middle of a fork, nor by a child with the handlers of its parent."""
-    if not hasattr(signal, "pthread_sigmask"):      # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def clips_of(model, examples, fit="pad", cache=None, keep=False):
+    """The examples' media, decoded to what this model takes.
+
+    cache: a folder for the towers' features, or None. keep: hold on to them in memory, as many as
+    fit into KEEP_BYTES; for towers that are frozen, on a CPU."""
+    llm, siglip, whisper = (model.configs[name] for name in ("llm", "siglip", "whisper"))
+    towers = 0
+    if cache:
+        Path(cache).mkdir(parents=True, exist_ok=True)
+        weights = [*model.vision_tower.parameters(), *model.audio_tower.parameters()]
+        towers = functools.reduce(_add_to_checksum, weights, 0)
+    num_frames, positions = llm.get("num_frames", 8), whisper["max_source_positions"]
+    patches = (siglip["image_size"] // siglip["patch_size"]) ** 2
+    numbers = num_frames * patches * siglip["hidden_size"] + positions // 3 * whisper["d_model"]
+    return Clips(
+        examples,
+        num_frames=num_frames,
+        image_size=siglip["image_size"],
+        n_mels=whisper["num_mel_bins"],
+        num_samples=320 * positions,  # two log-mel frames, of 160 samples each, per position
+        fit=fit,
+        cache=cache,
+        towers=str(towers),
+        keep=KEEP_BYTES // (4 * numbers) if keep and model.device.type == "cpu" else 0,
+    )
 
 
-def _work(dataset, pipe):
-    """A worker process: indices come in through the pipe, items go out, as long as the main process lives."""
-    for number in (signal.SIGINT, signal.SIGTERM):      # the main process's to answer, though a terminal sends them to all
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    with contextlib.suppress(EOFError, BrokenPipeError):
-        while pipe in connection.wait([pipe, multiprocessing.parent_process().sentinel]):
-            pipe.send(_load_item(dataset, pipe.recv()))
+def _add_to_checksum(checksum, weight):
+    return zlib.crc32(weight.detach().cpu().view(torch.uint8).numpy(), checksum)
 
 
-def _load_ahead(dataset, order, workers, ahead):
-    """Yield _load_item(dataset, i) for i in order, while `workers` processes are up to `ahead` items further.
+def data_order(n, wanted, seed):
+    """Indices of `wanted` of n examples: pass after pass over all, each in an order of its own."""
+    order = []
+    for epoch in range(math.ceil(wanted / n)):
+        generator = torch.Generator().manual_seed(1000 * seed + epoch)
+        order += torch.randperm(n, generator=generator).tolist()
+    return order[:wanted]
 
-    Each has a pipe of its own, and items in turn: if one dies (out of memory, a crash in a codec) or hangs, it is clear
-    over which clip, and nobody waits for it.
+
+class SkipLog:
+    """The file that lists clips which cannot be used, for who would rather go on without them."""
+
+    def __init__(self, path, clips, resumed):
+        """path: None if such a clip is to stop the run. resumed: the list goes on, else it is
+        new."""
+        self.path = path and Path(path)
+        # Of several processes, each has its share of the clips.
+        self.most = 0.05 * len(clips) / WORLD
+        self.clips, self.skipped = clips, set()
+        if self.path and self.path.exists():
+            if resumed:
+                self.skipped |= set(self.path.read_text(encoding="utf-8").splitlines())
+            else:
+                self.path.unlink()
+
+    def usable(self, item):
+        """Is the item one? A ClipError is listed, or raised if there is no list; others are
+        raised."""
+        if not isinstance(item, DataError):
+            return True
+        if not self.path or not isinstance(item, ClipError):
+            raise item
+        self.skipped.add(str(item))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("\n".join(sorted(self.skipped)) + "\n", encoding="utf-8")
+        if len(self.skipped) > self.most:
+            raise DataError(
+                f"{len(self.skipped)} of {len(self.clips)} clips cannot be used, more than 5 %; "
+                f"they are listed in {self.path}"
+            )
+        return False
+
+
+def batches(clips, order, batch_size, workers=0, skip_log=None, start=0):
+    """Yield lists of batch_size items clips[i] for i in `order`, from batch number `start` on.
+
+    `workers` processes decode ahead; with 0 it happens here. Batch k is
+    order[k * batch_size : (k + 1) * batch_size] (the last may be shorter), less the clips left out:
+    empty if all of them are.
+
+    skip_log: a file; clips that cannot be used are then listed there and left out, else their error
+    is raised. More than 5 % of the clips (of this process's share, where there are several) is an
+    error all the same: then something else is wrong. With a `start`, the list goes on.
     """
-    team = []
-    try:
-        for _ in range(workers):
-            ours, theirs = multiprocessing.Pipe()
-            process = multiprocessing.Process(target=_work, args=(dataset, theirs), daemon=True)
-            with _signals_wait():           # a team holds only what has been started, and all of that
-                process.start()
-                team.append((ours, process))
-            theirs.close()
-            atexit.register(process.kill)                   # at the latest
-        for place in range(len(order) + ahead):
-            if place < len(order):
-                with contextlib.suppress(OSError):      # a dead worker: said when its turn comes
-                    team[place % workers][0].send(order[place])
-            if (due := place - ahead) < 0:
-                continue
-            pipe, process = team[due % workers]
-            ready, item = connection.wait([pipe, process.sentinel], CLIP_SECONDS), None
-            with contextlib.suppress(EOFError, OSError):        # it ended, in the middle of a message maybe
-                item = pipe.recv() if pipe in ready else None
-            if item is None:
-                clip = dataset.examples[order[due]].video or f"entry {order[due]}"
-                process.join(1)
-                end = f"did not finish in {CLIP_SECONDS} s" if process.exitcode is None else f"ended with exit code {process.exitcode}"
-                raise ClipError(f"{clip}: the process that decoded it {end}{' (killed: out of memory?)' if process.exitcode == -9 else ''}; "
-                                "take the clip out of the manifest if it happens again, or try fewer --workers")
-            yield item
-    finally:
-        for _, process in team:
-            process.kill()
-            process.join(1)
+    skip_log = SkipLog(skip_log, clips, resumed=start > 0)
+    order = list(order)[start * batch_size :]
+    kept, to_decode = set(clips.kept), []
+    for i in order:
+        if i in kept:
+            continue
+        to_decode.append(i)
+        if len(kept) < clips.keep:
+            kept.add(i)
+    decoded = load_ahead(clips, to_decode, workers)
+    for place in range(0, len(order), batch_size):
+        items = []
+        for i in order[place : place + batch_size]:
+            item = clips.kept[i] if i in clips.kept else next(decoded)
+            if len(clips.kept) < clips.keep:
+                clips.kept[i] = item
+            items.append(item)
+        yield [item for item in items if skip_log.usable(item)]
 
 
-def batches(dataset, order, batch_size, workers=0, skip_log=None, start=0):
-    """Yield lists of batch_size items dataset[i] for i in `order` (the last list may be shorter), from batch `start` on.
-
-    `workers` processes decode ahead, about one batch; with 0 it happens here. Workers share out clips, not
-    batches, so the first batch comes early. Errors of the data arrive as they were raised. Batch k is
-    order[k * batch_size:(k + 1) * batch_size], less the clips left out: empty if all of them are.
-
-    skip_log: a file; clips that cannot be used are then listed there and left out. More than 5 % of the data set's clips (of
-    this process's share, where there are several) is an error all the same: then something else is wrong, and so is a worker
-    that dies or hangs. With a `start`, the list goes on; else it begins anew.
-    """
-    order, skip_log = list(order), skip_log and Path(skip_log)
-    skipped = set()
-    if skip_log and skip_log.exists():
-        if start:
-            skipped |= set(skip_log.read_text(encoding="utf-8").splitlines())
-        else:
-            skip_log.unlink()
-    rest = order[start * batch_size:]
-    ahead = min(max(batch_size, 2 * workers), 32 * workers)     # few enough for the messages to fit into the pipes
-    items = _load_ahead(dataset, rest, workers, ahead) if workers else (_load_item(dataset, i) for i in rest)
-    items = iter(items)
-    while batch := list(itertools.islice(items, batch_size)):
-        good = []
-        for item in batch:
-            if not isinstance(item, DataError):
-                good.append(item)
-                continue
-            if not skip_log or not isinstance(item, ClipError):
-                raise item
-            skipped.add(str(item))
-            skip_log.parent.mkdir(parents=True, exist_ok=True)
-            skip_log.write_text("\n".join(sorted(skipped)) + "\n", encoding="utf-8")
-            if len(skipped) > 0.05 * len(dataset) / WORLD:  # of several processes, each has its share of the clips
-                raise DataError(f"{len(skipped)} of {len(dataset)} clips cannot be used, more than 5 %; they are listed in {skip_log}")
-        yield good
+# --------------------------------------------------------------------------------------------------
+# From clips to embedded prompts
 
 
-# ------------------------------------------------------------------------------------------------ what the model sees
+@dataclass
+class Batch:
+    """B prompts: what is asked, and what the frozen towers made of the clips."""
 
-def draw_seen(path, out, num_frames=8, size=224, n_mels=128, fit="pad"):
-    """Draw a clip's frames and log-mel, both as the towers get them, into the picture `out`."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    frames, waveform = load_clip(path, num_frames)
-    figure = plt.figure(figsize=(1.6 * num_frames, 4.4), layout="constrained")
-    rows = figure.subfigures(2, 1, height_ratios=(1, 1.4))
-    if frames is None:
-        rows[0].suptitle("no video stream", fontsize=10)
-    else:
-        pixels = preprocess_frames(frames, size, fit)   # (T, 3, S, S)
-        for i, (axis, picture) in enumerate(zip(rows[0].subplots(1, num_frames), pixels)):
-            axis.imshow((picture.permute(1, 2, 0) / 2 + 0.5).numpy())
-            axis.set_axis_off()
-            axis.set_title(f"frame {i}", fontsize=8)
-        rows[0].suptitle(f"pixel_values {tuple(pixels.shape)}: {num_frames} frames spread over the clip, {fit}", fontsize=10)
-    if waveform is None:
-        rows[1].suptitle("no audio stream", fontsize=10)
-    else:
-        mel = log_mel(waveform, n_mels)                 # (n_mels, 3000): 30 s, of which the clip's part is drawn
-        seconds = min(30.0, len(waveform) / 16_000)
-        axis = rows[1].subplots()
-        axis.imshow(mel[:, :max(1, round(100 * seconds))].numpy(), origin="lower", aspect="auto", extent=(0, seconds, 0, n_mels))
-        axis.set(xlabel="seconds", ylabel="mel band")
-        rows[1].suptitle(f"input_features {tuple(mel.shape)}: log-mel at 100 frames a second; after {seconds:.1f} s silence up to 30 s", fontsize=10)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=80)
-    plt.close(figure)
+    examples: list  # B Example
+    prompt_ids: list  # B lists of ids, -201 where the video tokens go and -202 for the audio tokens
+    lengths: list  # B ints: P of each prompt, once it is embedded
+    question_ids: torch.Tensor  # (B, L) int64, for BERT
+    question_mask: torch.Tensor  # (B, L) 0 or 1
+    video: list  # B tensors (T, N, width), None for a prompt without
+    audio: list  # B tensors (A/3, width), None for a prompt without
+
+    def __len__(self):
+        return len(self.examples)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    show = parser.add_subparsers(dest="command", required=True).add_parser("show", help="draw what the model sees and hears of a clip")
-    show.add_argument("clip", help="a media file")
-    show.add_argument("--out", default="seen.png", help="the picture to write (default: seen.png)")
-    show.add_argument("--frames", type=int, default=8, choices=range(1, 65), metavar="1..64", help="frames the model takes (default: 8)")
-    show.add_argument("--size", type=int, default=224, choices=range(16, 1025), metavar="16..1024", help="pixels of a side (default: 224)")
-    show.add_argument("--fit", default="pad", choices=("pad", "squash"), help="how frames become square (default: pad)")
-    args = parser.parse_args(argv)
-    draw_seen(args.clip, args.out, args.frames, args.size, fit=args.fit)
-    print(f"written: {args.out}")
+def take(record, chosen):
+    """The same record of some of its prompts. chosen: their numbers; every field has one entry
+    each.
+
+    Tensors are indexed, lists picked from, dicts and records inside alike; None stays None."""
+    if record is None:
+        return None
+    if isinstance(record, torch.Tensor):
+        return record[chosen]
+    if isinstance(record, list):
+        return [record[i] for i in chosen]
+    if isinstance(record, dict):
+        return {name: take(value, chosen) for name, value in record.items()}
+    return replace(
+        record, **{f.name: take(getattr(record, f.name), chosen) for f in fields(record)}
+    )
 
 
-if __name__ == "__main__":
-    from common import run
-    run(main)
+def encode(omni, clips, items, prompt_ids=None):
+    """Items of `batches` -> Batch: each clip goes through the towers once.
+
+    prompt_ids: B lists of ids, if not those of the examples' questions. Prompts may differ in what
+    media they have. New features go into the cache, if there is one."""
+    run_towers(omni.model, items)
+    examples = [clips.examples[item["index"]] for item in items]
+    if prompt_ids is None:
+        prompt_ids = [omni.tokenizer.prompt_ids(e.question, e.modality) for e in examples]
+    questions = omni.bert([example.question for example in examples])
+    device = omni.model.device
+    return Batch(
+        examples=examples,
+        prompt_ids=prompt_ids,
+        lengths=[omni.model.prompt_length(ids) for ids in prompt_ids],
+        question_ids=questions[0].to(device),
+        question_mask=questions[1].to(device),
+        video=[None if item["video"] is None else item["video"].to(device) for item in items],
+        audio=[None if item["audio"] is None else item["audio"].to(device) for item in items],
+    )
+
+
+def run_towers(model, items):
+    """Put the towers' features into the items, in place of their media."""
+    new = [item for item in items if item["video"] is None and item["audio"] is None]
+    with_video = [item for item in new if item["pixel_values"] is not None]
+    with_audio = [item for item in new if item["input_features"] is not None]
+    if with_video:
+        frames = torch.stack([item["pixel_values"] for item in with_video]).to(model.device)
+        for item, features in zip(with_video, model.encode(frames, None)[0]):
+            item.update(video=features, pixel_values=None)
+    if with_audio:
+        mels = torch.stack([item["input_features"] for item in with_audio]).to(model.device)
+        for item, features in zip(with_audio, model.encode(None, mels)[1]):
+            item.update(audio=features, input_features=None)
+    for item in new:
+        if item["cache_file"]:
+            features = {name: item[name] for name in ("video", "audio") if item[name] is not None}
+            features = {name: f.cpu().contiguous() for name, f in features.items()}
+            save_tensors(features, item["cache_file"])
+
+
+def parts_of(batch, prompts):
+    """Numbers of the batch's prompts, in lists of one length P and of `prompts` at most; 0: all."""
+    by_length = {}
+    for b, length in enumerate(batch.lengths):
+        by_length.setdefault(length, []).append(b)
+    parts = []
+    for same in by_length.values():
+        size = prompts or len(same)
+        parts += [same[start : start + size] for start in range(0, len(same), size)]
+    return parts
+
+
+def longest_prompt(omni, examples):
+    """The largest P of the examples' prompts."""
+    asked = {(example.question, example.modality) for example in examples}
+    prompts = [omni.tokenizer.prompt_ids(*pair) for pair in asked]
+    return max(omni.model.prompt_length(ids) for ids in prompts)
+
+
+def embed(model, batch):
+    """Batch -> list of B embedded prompts (P_i, D), with gradient into projectors, gate,
+    embedding."""
+    return model.embed_prompts(
+        batch.prompt_ids, batch.video, batch.audio, batch.question_ids, batch.question_mask
+    )
+
+
+def completion_text(tokenizer, ids):
+    """(C,) sampled ids -> text up to the first EOS, and whether there was one.
+
+    Special tokens inside a completion are part of it, and get a gradient, but not of its text."""
+    mask = completion_mask(ids, tokenizer.eos_token_ids)
+    ended = torch.isin(ids, torch.tensor(tokenizer.eos_token_ids, device=ids.device)).any()
+    return tokenizer.decode(ids[mask].tolist()), bool(ended)

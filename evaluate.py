@@ -1,167 +1,247 @@
 """Evaluate checkpoints on labelled clips, or ask one about one clip.
 
-    python evaluate.py --model DIR --data dfew.json mafw.json     WAR, UAR, recall, confusion per manifest
+    python evaluate.py --model DIR --data dfew.json mafw.json     WAR, UAR, recall, confusion
     python evaluate.py --model DIR --clip file.mp4                prints the completion
-    python evaluate.py --table runs/evaluate/*/*.json             the paper's table from saved results
+    python evaluate.py --table runs/evaluate/*/*.json             the paper's table from results
 
-Open vocabulary, as in the paper (section 4.2): the prompt lists no classes, the model names the emotion itself. The
-answer is compared with the label after trimming, lower-casing and dropping trailing punctuation; a word outside the
-label set is wrong and counted as unknown. --aliases also says how many are right if anger counts as angry. WAR is the
-accuracy, UAR the mean recall over the classes that occur in the ground truth. Decoding is greedy unless --temperature
-is given; --samples k then averages over k completions per clip.
+Open vocabulary, as in the paper (section 4.2): the prompt lists no classes, the model names the
+emotion itself. The answer is compared with the label as rewards.py does it; a word outside the
+label set is wrong and counted as unknown. --aliases also says how many are right if anger counts as
+angry. WAR is the accuracy, UAR the mean recall over the classes that occur in the ground truth.
+Decoding is greedy unless --temperature is given; --samples k then averages over k completions per
+clip.
 
-Results go to --out, per manifest NAME: NAME.json with the metrics, the settings and every raw completion, and
-NAME_confusion.png. An interrupted evaluation goes on from NAME.partial.jsonl.
+--check module:function adds what a data set knows about its clips: function(row) -> {name: bool},
+with row = {"completion", "label", "extra": the manifest entry's other keys}; means are reported.
+For the toy: --check toy.world:check_statements.
+
+Results go to --out, per manifest NAME: NAME.json with the metrics, the settings and every raw
+completion, and NAME_confusion.png. An interrupted evaluation goes on from NAME.partial.jsonl.
 """
 
 import glob
 import json
 import os
+import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import matplotlib
 import torch
 from tqdm import tqdm
 
-from common import Common, as_asked, clips_of, compute, decode, encode_clips, flag, load, parse_flags, prompts_of, read_examples, run
-from data import QUESTION_REASONING, DataError, Example, batches
-from distributed import RANK, WORLD, first, gather, own
+from data import QUESTION_REASONING, Example, batches, clips_of, completion_text, embed, encode
 from generate import generate
 from grpo import completion_mask
+from model import HumanOmni
 from rewards import extract_answer, format_reward
-from toy import follows, read_statements, write_json
+from show import confusion_counts, draw_confusion, draw_curves
+from support.custom import find_function
+from support.errors import DataError, naming, write_json
+from support.flags import Common, as_asked, flag, load, parse_flags, read_examples, run_script
+from support.precision import autocast
+from support.ranks import RANK, WORLD, gather_from_ranks, on_first_rank, rank_file
 
-matplotlib.use("Agg")  # draws to files; no display needed
-import matplotlib.pyplot as plt  # noqa: E402
+
+@dataclass
+class Settings:
+    """How completions for an evaluation are made."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float = 1.0
+    samples: int = 1  # completions per clip
+    seed: int = 0
+    batch_size: int = 32  # clips at a time
+    workers: int = 0  # processes that decode ahead
+    check: object = None  # function(row) -> {name: bool}, or None
+
+
+# --------------------------------------------------------------------------------------------------
+# Completions
 
 
 @torch.no_grad()
-def evaluate(model, tokenizer, bert, examples, *, fit="pad", batch_size=32, workers=0, max_new_tokens=512, temperature=0.0,
-             top_p=1.0, samples=1, seed=0, title="evaluate", log=None, skip_log=None):
-    """Complete every example's prompt: a list of rows, one per completion, in the order of the examples.
+def evaluate(omni, clips, settings, title="evaluate", log=None, skip_log=None):
+    """Complete every clip's prompt: a list of rows, one per completion, in the clips' order.
 
-    log: a JSONL file that gets every row as soon as it is there; examples that it holds already are not done again.
-    With several processes each does its share, and all get the rows."""
-    rows = first(lambda: [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()[1:]]) if log else []
-    done = {index for index, count in Counter(row["index"] for row in rows).items() if count == samples}
-    rows = [row for row in rows if row["index"] in done]
-    order = [i for i in range(len(examples)) if i not in done]
-    order, rows = order[RANK::WORLD], rows if RANK == 0 else []
-    with tqdm(total=len(examples), initial=len(done), desc=title, unit="clip", leave=False, disable=RANK > 0) as progress, compute(model):
-        for clips in batches(clips_of(model, examples, fit), order, batch_size, workers, skip_log=skip_log):
-            if not clips:  # all of them bad
+    log: a JSONL file that gets every row as soon as it is there; clips that it holds already are
+    not done again. skip_log: as in `data.batches`. With several processes each does its share, and
+    all get the rows."""
+    rows = on_first_rank(lambda: read_log(log, settings.samples)) if log else []
+    done = {row["index"] for row in rows}
+    order = [i for i in range(len(clips)) if i not in done]
+    rows = rows if RANK == 0 else []
+    progress = tqdm(
+        total=len(clips),
+        initial=len(done),
+        desc=title,
+        unit="clip",
+        leave=False,
+        disable=RANK > 0,
+    )
+    own = order[RANK::WORLD]
+    with progress, autocast(omni.model):
+        for items in batches(clips, own, settings.batch_size, settings.workers, skip_log):
+            if not items:  # all of them bad
                 continue
-            batch = [examples[clip["index"]] for clip in clips]
-            prompts = prompts_of(model, tokenizer, bert, batch, encode_clips(model, clips))
-            ids = generate(model, prompts, samples, max_new_tokens, temperature, top_p, tokenizer.eos_token_id,
-                           seed + clips[0]["index"]).cpu()  # (B, G, C)
-            new = []
-            for clip, example, group in zip(clips, batch, ids):
-                for row in group:
-                    text, ended = decode(tokenizer, row)
-                    length = int(completion_mask(row[None], tokenizer.eos_token_id).sum())
-                    cues = {cue: example.extra[cue] for cue in ("face", "voice") if cue in example.extra}  # the toy knows them
-                    new.append({"index": clip["index"], "video": str(example.video), "label": extract_answer(example.answer),
-                                "completion": text, "tokens": length, "truncated": not ended, **cues})
+            new = complete(omni, clips, items, settings)
             rows += new
             if log:
-                with open(own(log), "a", encoding="utf-8") as file:
-                    file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new))
-            progress.update(len(batch))
-    return sorted(gather(rows), key=lambda row: row["index"])
+                append_rows(rank_file(log), new)
+            progress.update(len(items))
+    return sorted(gather_from_ranks(rows), key=lambda row: row["index"])
+
+
+def complete(omni, clips, items, settings):
+    """Items of `data.batches` -> rows, `samples` per item."""
+    batch = encode(omni, clips, items)
+    ids = generate(
+        omni.model,
+        embed(omni.model, batch),
+        settings.samples,
+        settings.max_new_tokens,
+        settings.temperature,
+        settings.top_p,
+        omni.tokenizer.eos_token_ids,
+        settings.seed + items[0]["index"],
+    ).cpu()  # (B, G, C)
+    lengths = completion_mask(ids, omni.tokenizer.eos_token_ids).sum(-1)  # (B, G)
+    rows = []
+    for b, (item, example) in enumerate(zip(items, batch.examples)):
+        for g in range(settings.samples):
+            text, ended = completion_text(omni.tokenizer, ids[b, g])
+            row = {
+                "index": item["index"],
+                "video": str(example.video),
+                "label": extract_answer(example.answer),
+                "completion": text,
+                "tokens": int(lengths[b, g]),
+                "truncated": not ended,
+            }
+            if settings.check:
+                row["checks"] = settings.check({**row, "extra": example.extra})
+            rows.append(row)
+    return rows
+
+
+def append_rows(log, rows):
+    with naming(log), open(log, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_log(log, samples):
+    """The rows of an unfinished evaluation, of clips that have all their samples."""
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()[1:]]
+    counts = Counter(row["index"] for row in rows)
+    return [row for row in rows if counts[row["index"]] == samples]
 
 
 # Other words for the same label, in the data sets' usual spelling. Only used on request.
-ALIASES = {"anger": "angry", "happiness": "happy", "joy": "happy", "joyful": "happy", "sadness": "sad", "fearful": "fear",
-           "scared": "fear", "afraid": "fear", "surprised": "surprise", "disgusted": "disgust", "contempt": "contemptuous",
-           "anxiety": "anxious", "helplessness": "helpless", "disappointment": "disappointed", "calmness": "calm"}
+ALIASES = {
+    "anger": "angry",
+    "happiness": "happy",
+    "joy": "happy",
+    "joyful": "happy",
+    "sadness": "sad",
+    "fearful": "fear",
+    "scared": "fear",
+    "afraid": "fear",
+    "surprised": "surprise",
+    "disgusted": "disgust",
+    "contempt": "contemptuous",
+    "anxiety": "anxious",
+    "helplessness": "helpless",
+    "disappointment": "disappointed",
+    "calmness": "calm",
+}
 
 
 def score(rows, aliases=False):
-    """Rows of `evaluate` -> metrics. With aliases, words of ALIASES count as the label they stand for.
+    """Rows of `evaluate` -> metrics. With aliases, words of ALIASES count as what they stand for.
 
-    Rows of the toy also say what face and voice did. Then it is known what the paper can only ask (section 5.2): how often
-    the statements in <think> are true, and how often the answer follows from them, true or not."""
+    What a check said of the rows is averaged under its own names: of the toy it is known what the
+    paper can only ask (section 5.2), how often the statements in <think> are true, and how often
+    the answer follows from them, true or not."""
     if not rows:
         raise DataError("no clip could be evaluated")
-    same = ALIASES.get if aliases else lambda word, default: default
-    true = [same(row["label"], row["label"]) for row in rows]
+    labels = [row["label"] for row in rows]
     answers = [extract_answer(row["completion"]) for row in rows]
-    answers = [same(answer, answer) for answer in answers]
-    count, pairs = Counter(true), Counter(zip(true, answers))
+    if aliases:
+        labels = [ALIASES.get(label, label) for label in labels]
+        answers = [ALIASES.get(answer, answer) for answer in answers]
+    count, pairs = Counter(labels), Counter(zip(labels, answers))
     recall = {label: pairs[label, label] / count[label] for label in sorted(count)}
     n = len(rows)
     metrics = {
-        "n": len({row["index"] for row in rows}),  # clips; with --samples there are several rows of each
+        "n": len({row["index"] for row in rows}),  # clips; with --samples each has several rows
         "completions": n,
         "war": sum(pairs[label, label] for label in count) / n,
         "uar": sum(recall.values()) / len(recall),
-        "format": sum(format_reward(row["completion"]) for row in rows) / n,
-        "mean_length": sum(row["tokens"] for row in rows) / n,
-        "unknown": sum(answer not in count for answer in answers),
-        "unformatted": sum(not format_reward(row["completion"]) for row in rows),
-        "truncated": sum(row["truncated"] for row in rows),
         "recall": recall,
-        "confusion": {label: {answer: k for (truth, answer), k in sorted(pairs.items()) if truth == label} for label in recall},
+        "confusion": {
+            label: {answer: k for (true, answer), k in sorted(pairs.items()) if true == label}
+            for label in recall
+        },
+        "unknown": sum(answer not in count for answer in answers),
+        "unformatted": sum(format_reward(row["completion"]) == 0 for row in rows),
+        "format": sum(format_reward(row["completion"]) for row in rows) / n,
+        "truncated": sum(row["truncated"] for row in rows),
+        "mean_length": sum(row["tokens"] for row in rows) / n,
     }
-    if all("face" in row and "voice" in row for row in rows):
-        stated = [read_statements(row["completion"]) for row in rows]
-        metrics["face_true"] = sum(face == row["face"] for (face, _), row in zip(stated, rows)) / n
-        metrics["voice_true"] = sum(voice == row["voice"] for (_, voice), row in zip(stated, rows)) / n
-        metrics["follows"] = sum(follows(row["completion"], extract_answer(row["completion"])) for row in rows) / n
+    checks = [row["checks"] for row in rows if row.get("checks")]
+    for name in checks[0] if checks else ():
+        metrics[name] = sum(check[name] for check in checks) / len(checks)
     return metrics
 
 
-# ------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reports
 
 
-def confusion_counts(metrics):
-    """-> labels, and one list of counts per true label: answers with each label, then unknown words."""
-    labels = list(metrics["recall"])
-    table = []
-    for label in labels:
-        answers = metrics["confusion"][label]
-        known = [answers.get(other, 0) for other in labels]
-        table.append([*known, sum(answers.values()) - sum(known)])
-    return labels, table
+def percent(share):
+    return f"{100 * share:.1f} %"
 
 
 def report(metrics):
     """The metrics as text: a summary, then recall and answers per class."""
-    several = f" ({metrics['completions']} completions)" if metrics["completions"] > metrics["n"] else ""
-    lines = [f"n {metrics['n']}{several}   WAR {100 * metrics['war']:.2f}   UAR {100 * metrics['uar']:.2f}   "
-             f"format {100 * metrics['format']:.1f} %   mean length {metrics['mean_length']:.1f} tokens",
-             f"unknown words {metrics['unknown']}   unformatted {metrics['unformatted']}   truncated {metrics['truncated']}"]
-    if "face_true" in metrics:
-        lines.append(f"statements true: face {100 * metrics['face_true']:.1f} %   voice {100 * metrics['voice_true']:.1f} %"
-                     f"   answer follows from them: {100 * metrics['follows']:.1f} %")
+    several = ""
+    if metrics["completions"] > metrics["n"]:
+        several = f" ({metrics['completions']} completions)"
+    lines = [
+        f"n {metrics['n']}{several}   WAR {100 * metrics['war']:.2f}   "
+        f"UAR {100 * metrics['uar']:.2f}   format {percent(metrics['format'])}   "
+        f"mean length {metrics['mean_length']:.1f} tokens",
+        f"unknown words {metrics['unknown']}   unformatted {metrics['unformatted']}   "
+        f"truncated {metrics['truncated']}",
+    ]
+    checks = [name for name in metrics if name not in KNOWN_METRICS]
+    if checks:
+        lines.append("   ".join(f"{name} {percent(metrics[name])}" for name in checks))
     labels, table = confusion_counts(metrics)
-    width = max(map(len, [*labels, "unknown"])) + 1
-    lines += ["", "recall, and how often each answer was given (rows: truth)",
-              " " * width + " recall" + "".join(f"{label:>{width}}" for label in [*labels, "unknown"])]
+    columns = [*labels, "unknown"]
+    width = max(map(len, columns)) + 1
+    lines += ["", "recall, and how often each answer was given (rows: truth)"]
+    lines.append(" " * width + " recall" + "".join(f"{label:>{width}}" for label in columns))
     for label, counts in zip(labels, table):
-        lines.append(f"{label:<{width}}{100 * metrics['recall'][label]:7.1f}" + "".join(f"{k:>{width}}" for k in counts))
+        numbers = "".join(f"{k:>{width}}" for k in counts)
+        lines.append(f"{label:<{width}}{100 * metrics['recall'][label]:7.1f}{numbers}")
     return "\n".join(lines)
 
 
-def draw_confusion(metrics, path):
-    """The confusion table as a picture; colour is the share of the row."""
-    labels, table = confusion_counts(metrics)
-    figure, axis = plt.subplots(figsize=(1.5 + 0.7 * len(labels), 1 + 0.6 * len(labels)))
-    axis.imshow([[k / max(1, sum(counts)) for k in counts] for counts in table], cmap="Blues", vmin=0, vmax=1)
-    for y, counts in enumerate(table):
-        for x, k in enumerate(counts):
-            axis.text(x, y, k, ha="center", va="center", fontsize=8, color="white" if k > 0.5 * sum(counts) else "black")
-    axis.set_xticks(range(len(labels) + 1), [*labels, "unknown"], rotation=45, ha="right")
-    axis.set_yticks(range(len(labels)), labels)
-    axis.set(xlabel="answer", ylabel="truth", title=f"WAR {100 * metrics['war']:.1f}, UAR {100 * metrics['uar']:.1f}")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
+KNOWN_METRICS = {
+    "n",
+    "completions",
+    "war",
+    "uar",
+    "recall",
+    "confusion",
+    "unknown",
+    "unformatted",
+    "format",
+    "truncated",
+    "mean_length",
+}
 
 PUBLISHED = {  # the paper's Table 1: WAR, UAR
     "HumanOmni-0.5B": {"DFEW": (22.64, 19.44), "MAFW": (20.18, 13.52), "RAVDESS": (7.33, 9.38)},
@@ -171,31 +251,148 @@ PUBLISHED = {  # the paper's Table 1: WAR, UAR
 }
 
 
+def read_result(file):
+    """A saved result -> model, data set (dfew_test: DFEW), metrics."""
+    try:
+        result = json.loads(Path(file).read_text(encoding="utf-8"))
+        model, data, metrics = result["settings"]["model"], result["name"], result["metrics"]
+        counts = [metrics[key] for key in ("n", "unknown", "unformatted", "truncated")]
+        scores = (100 * metrics["war"], 100 * metrics["uar"])
+        known = [name for name in PUBLISHED["R1-Omni"] if data.lower().startswith(name.lower())]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{file}: not a result of evaluate.py ({reason})") from None
+    return model, known[0] if known else data, scores, counts
+
+
 def results_table(files, published=False):
-    """Saved results -> the paper's layout (rows: checkpoints, columns: data sets) in Markdown, with the counts below."""
-    cells, counts, columns = {}, [], []
+    """Saved results -> the paper's layout in Markdown, with the counts below.
+
+    Rows: checkpoints, columns: data sets."""
+    cells, columns, counted = {}, [], []
     for file in files:
-        try:
-            result = json.loads(Path(file).read_text(encoding="utf-8"))
-            model, data, metrics = result["settings"]["model"], result["name"], result["metrics"]
-            data = next((known for known in PUBLISHED["R1-Omni"] if data.lower().startswith(known.lower())), data)  # dfew_test: DFEW
-            cells.setdefault(model, {})[data] = (100 * metrics["war"], 100 * metrics["uar"])
-            counts.append(f"| {model} | {data} | " + " | ".join(str(metrics[key]) for key in ("n", "unknown", "unformatted", "truncated")) + " |")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{file}: not a result of evaluate.py ({type(error).__name__}: {error})") from None
-        columns += [data] * (data not in columns)
+        model, data, scores, counts = read_result(file)
+        cells.setdefault(model, {})[data] = scores
+        counted.append(f"| {model} | {data} | {' | '.join(map(str, counts))} |")
+        if data not in columns:
+            columns.append(data)
     if published:
         cells |= {f"{name} (published)": row for name, row in PUBLISHED.items()}
         columns += [data for data in PUBLISHED["R1-Omni"] if data not in columns]
-    lines = ["| method | " + " | ".join(f"{data} WAR | {data} UAR" for data in columns) + " |", "|---" * (1 + 2 * len(columns)) + "|"]
+    lines = ["| method | " + " | ".join(f"{data} WAR | {data} UAR" for data in columns) + " |"]
+    lines.append("|---" * (1 + 2 * len(columns)) + "|")
     for model, row in cells.items():
-        values = (f"{row[data][0]:.2f} | {row[data][1]:.2f}" if data in row else "– | –" for data in columns)
-        lines.append(f"| {model} | " + " | ".join(values) + " |")
-    lines += ["", "| method | data | n | unknown words | unformatted | truncated |", "|---|---|---|---|---|---|", *counts]
+        values = [f"{row[d][0]:.2f} | {row[d][1]:.2f}" if d in row else "– | –" for d in columns]
+        lines.append(f"| {model} | {' | '.join(values)} |")
+    lines += ["", "| method | data | n | unknown words | unformatted | truncated |"]
+    lines += ["|---|---|---|---|---|---|", *counted]
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------
+def unique_names(manifests):
+    """Names for the manifests' results: the files', with as many folders as tell them apart."""
+    paths = [Path(path).resolve() for path in manifests]
+    if len(set(paths)) < len(paths):
+        raise DataError(f"a manifest is given twice: {' '.join(map(str, manifests))}")
+    depth, names = 0, []
+    while len(set(names)) < len(paths):
+        depth += 1
+        whole = depth > max(len(path.parts) for path in paths)  # test.json beside test.jsonl
+        folders = [path.parts[1:-1][-depth + 1 :] if depth > 1 else () for path in paths]
+        names = [
+            "_".join([*folder, path.name if whole else path.stem])
+            for folder, path in zip(folders, paths)
+        ]
+    return names
+
+
+# --------------------------------------------------------------------------------------------------
+# During training
+
+
+class Trials:
+    """What a GRPO run is measured by: --test before and after, --val on the way, always greedy."""
+
+    def __init__(self, omni, config):
+        self.omni, self.config = omni, config
+        self.settings = Settings(
+            max_new_tokens=config.max_new_tokens,
+            workers=config.workers,
+            check=find_function("--check", config.check) if config.check else None,
+        )
+        names = unique_names(config.test)
+        self.tests = {name: self._open([path]) for name, path in zip(names, config.test)}
+        self.val = self._open(config.val) if config.val else None
+
+    def _open(self, manifests):
+        examples = read_examples(manifests, self.config)
+        return clips_of(self.omni.model, examples, self.config.fit, keep=True)
+
+    def _test_all(self, run, when):
+        results = {}
+        for name, clips in self.tests.items():
+            log = run.skip_log(f"skipped_{name}.txt")
+            rows = evaluate(self.omni, clips, self.settings, f"{name}, {when}", skip_log=log)
+            results[name] = score(rows)
+        return results
+
+    def before(self, run):
+        """Evaluate the model that training starts from, unless that has been done."""
+        if "before" not in run.facts:
+            run.facts |= {"before": self._test_all(run, "before"), "best_war": -1.0}
+            run.save()
+
+    def due(self, update):
+        return update % self.config.val_every == 0 or update == self.config.updates
+
+    def validate(self, update, run):
+        """Evaluate on --val, and keep the model if it is the best so far -> metrics.
+
+        The model that training started from is not among those that can be the best."""
+        on_first_rank(lambda: draw_curves(run.metrics, run.folder / "curves.png"))
+        if not self.val:
+            return {}
+        log = run.skip_log("skipped_validation.txt")
+        rows = evaluate(self.omni, self.val, self.settings, "validation", skip_log=log)
+        result = score(rows)
+        tqdm.write(
+            f"\nupdate {update} · validation WAR {100 * result['war']:.1f}  "
+            f"format {percent(result['format'])}"
+        )
+        if result["war"] >= run.facts["best_war"]:  # of equals the later: it has seen more
+            run.facts["best_war"] = result["war"]
+            self._save(run.folder / "best")
+        return {f"val_{name}": result[name] for name in ("war", "uar", "format")}
+
+    def _save(self, folder):
+        dtype = getattr(torch, self.config.save_dtype)
+        on_first_rank(lambda: self.omni.model.save_pretrained(folder, dtype))
+
+    def after(self, run):
+        """Save last/, evaluate best/ (or else the last) on --test, write and print the results."""
+        out = run.folder
+        self._save(out / "last")
+        on_first_rank(lambda: draw_curves(run.metrics, out / "curves.png"))
+        if (out / "best").exists():
+            best = HumanOmni.from_pretrained(out / "best")
+            self.omni.model.load_state_dict(best.state_dict())
+        before, after = run.facts["before"], self._test_all(run, "after")
+        results = {"config": asdict(self.config), "before": before, "after": after}
+        on_first_rank(lambda: write_json(out / "results.json", results))
+        run.finish()
+        if self.tests:
+            print(f"\n{'':18}{'WAR':>8}{'UAR':>8}{'format':>8}{'length':>8}")
+        for name in self.tests:
+            for when in ("before", "after"):
+                r = results[when][name]
+                print(
+                    f"{name:10}{when:8}{100 * r['war']:8.2f}{100 * r['uar']:8.2f}"
+                    f"{100 * r['format']:8.1f}{r['mean_length']:8.1f}"
+                )
+        print(f"\n{len(run.metrics)} updates; checkpoints, metrics, curves, results in {out}")
+
+
+# --------------------------------------------------------------------------------------------------
 # The script
 
 
@@ -204,63 +401,107 @@ class Config(Common):
     clip: str = flag("", "one media file to answer about, instead of --data")
     out: str = flag("runs/evaluate", "folder for the results")
     temperature: float = flag(0.0, "0 is greedy", least=0, most=100)
-    top_p: float = flag(1.0, "nucleus sampling, with a temperature; in (0, 1]", least=1e-6, most=1)
+    top_p: float = flag(1.0, "nucleus sampling, with a temperature; up to 1", above=0, most=1)
     samples: int = flag(1, "completions per clip, with a temperature", least=1, most=4096)
     max_new_tokens: int = flag(512, "longest completion", least=1, most=32768)
     batch_size: int = flag(16, "clips at a time", least=1, most=4096)
     aliases: bool = flag(False, "also score with anger = angry, fearful = fear, ...")
-    modality_report: bool = flag(False, "evaluate with both media, video alone and audio alone, side by side")
+    check: str = flag("", "module:function that says more about each completion (see above)")
+    modality_report: bool = flag(
+        False, "evaluate with both media, video alone and audio alone, side by side"
+    )
     table: tuple = flag((), "result files to print as one table; nothing is evaluated")
     published: bool = flag(False, "the paper's Table 1 below --table")
 
 
-def start_log(path, settings):
-    """A log to go on with: created, or an unfinished one of the same settings, less lines that are not whole."""
-    header = json.dumps(settings, default=str)
-    parts = sorted(path.parent.glob(f"{glob.escape(path.stem)}.rank*.jsonl"))  # of an evaluation by several processes
-    files = [file for file in (path, *parts) if path.exists()]
-    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+# What may differ when an evaluation goes on: where and how, not what.
+RESUME_WITH = (
+    *("data", "clip", "table", "published", "out", "workers", "device", "on_bad_clip"),
+    *("aliases", "modality_report", "batch_size"),
+)
+
+
+def settings_of(config):
+    check = find_function("--check", config.check) if config.check else None
+    names = "max_new_tokens temperature top_p samples seed batch_size workers".split()
+    return Settings(**{name: getattr(config, name) for name in names}, check=check)
+
+
+def log_header(config, manifest):
+    """All that the rows of an evaluation depend on, JSON-able."""
+    weights = Path(config.model).glob("*.safetensors")
+    header = {
+        "manifest": str(manifest),
+        "manifest_checksum": zlib.crc32(Path(manifest).read_bytes()),
+        # A retrained model is another model.
+        "weights_changed": max((file.stat().st_mtime for file in weights), default=0),
+    }
+    header |= {key: value for key, value in asdict(config).items() if key not in RESUME_WITH}
+    if config.temperature:  # then the batch decides what is drawn
+        header["batch_size"] = config.batch_size
+    return header
+
+
+def start_log(path, header):
+    """A log to go on with: created, or an unfinished one of the same header.
+
+    Lines that are not whole are dropped, those of other ranks' logs taken in."""
+    header = json.dumps(header, default=str)
+    parts = sorted(path.parent.glob(f"{glob.escape(path.stem)}.rank*.jsonl"))
+    lines = []
+    for file in (path, *parts):
+        if file.exists():
+            lines += file.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = [line for line in lines if line.endswith("\n")]
     if lines and lines[0].strip() != header:
-        raise DataError(f"{path}: an unfinished evaluation with other settings; delete it or choose another --out")
+        raise DataError(
+            f"{path}: an unfinished evaluation with other settings, weights or another manifest; "
+            "delete it or choose another --out"
+        )
     partial = path.with_suffix(".new")
-    partial.write_text("".join(lines) or header + "\n", encoding="utf-8")
+    with naming(partial):
+        partial.write_text("".join(lines) or header + "\n", encoding="utf-8")
     os.replace(partial, path)
     for part in parts:
         part.unlink()
     return path
 
 
-# What may differ when an evaluation goes on: where and how, not what.
-RESUME_WITH = ("data", "clip", "table", "published", "out", "batch_size", "workers", "device", "on_bad_clip", "aliases", "modality_report")
-
-
-def evaluate_manifest(config, loaded, manifest, modality, name):
-    """Evaluate one manifest and write its results; returns the metrics."""
-    config = replace(config, modality=modality)
-    out, weights = Path(config.out), Path(config.model)
-    changed = max((f.stat().st_mtime for f in weights.glob("*.safetensors")), default=0)  # a retrained model is another model
-    settings = {"manifest": str(manifest), "weights_changed": changed,
-                **{key: value for key, value in asdict(config).items() if key not in RESUME_WITH}}
+def evaluate_manifest(omni, config, manifest, name):
+    """Evaluate one manifest and write its results -> metrics."""
+    out, header = Path(config.out), log_header(config, manifest)
     out.mkdir(parents=True, exist_ok=True)
-    log = first(lambda: start_log(out / f"{name}.partial.jsonl", settings))
-    skip_log = own(out / f"{name}.skipped.txt") if config.on_bad_clip == "skip" else None
-    rows = evaluate(*loaded, read_examples([manifest], config), fit=config.fit, batch_size=config.batch_size, workers=config.workers,
-                    max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p, samples=config.samples,
-                    seed=config.seed, title=name, log=log, skip_log=skip_log)
+    log = on_first_rank(lambda: start_log(out / f"{name}.partial.jsonl", header))
+    skip_log = None
+    if config.on_bad_clip == "skip":
+        skip_log = rank_file(out / f"{name}.skipped.txt")
+    clips = clips_of(omni.model, read_examples([manifest], config), config.fit)
+    rows = evaluate(omni, clips, settings_of(config), name, log, skip_log)
     metrics = score(rows)
-    result = {"name": name, "settings": settings, "metrics": metrics, "completions": rows}
+    result = {"name": name, "settings": header, "metrics": metrics, "completions": rows}
     if config.aliases:
         result["metrics_with_aliases"] = score(rows, aliases=True)
-    first(lambda: write_json(out / f"{name}.json", result))
-    first(lambda: draw_confusion(metrics, out / f"{name}_confusion.png"))
-    own(log).unlink(missing_ok=True)  # not before the results are there
+    on_first_rank(lambda: write_json(out / f"{name}.json", result))
+    on_first_rank(lambda: draw_confusion(metrics, out / f"{name}_confusion.png"))
+    rank_file(log).unlink(missing_ok=True)  # not before the results are there
     print(f"\n{name}\n{report(metrics)}")
     if config.aliases:
         loose = result["metrics_with_aliases"]
-        print(f"\nwith aliases: WAR {100 * loose['war']:.2f}   UAR {100 * loose['uar']:.2f}   unknown words {loose['unknown']}")
+        print(
+            f"\nwith aliases: WAR {100 * loose['war']:.2f}   UAR {100 * loose['uar']:.2f}   "
+            f"unknown words {loose['unknown']}"
+        )
     for file in sorted(out.glob(f"{glob.escape(name)}.skipped*.txt")):
         print(f"\nclips left out are listed in {file}")
     return metrics
+
+
+def answer_clip(omni, config):
+    """Print what the model says of one clip."""
+    example = Example(Path(config.clip), QUESTION_REASONING, "", "video_audio")
+    clips = clips_of(omni.model, [as_asked(example, config)], config.fit)
+    for row in evaluate(omni, clips, settings_of(config)):
+        print(row["completion"])
 
 
 def main(argv=None):
@@ -272,26 +513,25 @@ def main(argv=None):
         raise DataError("needs --model DIR and one of --data MANIFEST and --clip FILE")
     if config.samples > 1 and not config.temperature:
         raise DataError("--samples needs a --temperature: greedy completions are all the same")
-    loaded = load(config)
+    names = unique_names(config.data)
+    omni = load(config)
     if config.clip:
-        example = as_asked(Example(Path(config.clip), QUESTION_REASONING, "", "video_audio"), config)
-        for row in evaluate(*loaded, [example], fit=config.fit, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-                            top_p=config.top_p, samples=config.samples, seed=config.seed):
-            print(row["completion"])
+        answer_clip(omni, config)
         return
-    modalities = ("video_audio", "video", "audio") if config.modality_report else (config.modality,)
-    stems = Counter(Path(path).stem for path in config.data)
-    reports = []
-    for path in map(Path, config.data):
-        base = path.stem if stems[path.stem] == 1 else f"{path.parent.name}_{path.stem}"  # dfew/test.json, mafw/test.json
-        for modality in modalities:
-            name = f"{base}.{modality}" if config.modality_report else base
-            metrics = evaluate_manifest(config, loaded, path, modality, name)
-            reports.append(f"{name:32}{100 * metrics['war']:8.2f}{100 * metrics['uar']:8.2f}"
-                           f"{metrics['n']:8}{metrics['unknown']:9}{metrics['unformatted']:13}")
-    print(f"\n{'':32}{'WAR':>8}{'UAR':>8}{'n':>8}{'unknown':>9}{'unformatted':>13}\n" + "\n".join(reports))
-    print(f"\nresults: {config.out}")
+    lines = [f"{'':32}{'WAR':>8}{'UAR':>8}{'n':>8}{'unknown':>9}{'unformatted':>13}"]
+    for manifest, name in zip(config.data, names):
+        asked = {name: config}
+        if config.modality_report:
+            media = ("video_audio", "video", "audio")
+            asked = {f"{name}.{medium}": replace(config, modality=medium) for medium in media}
+        for part, one in asked.items():
+            metrics = evaluate_manifest(omni, one, manifest, part)
+            lines.append(
+                f"{part:32}{100 * metrics['war']:8.2f}{100 * metrics['uar']:8.2f}"
+                f"{metrics['n']:8}{metrics['unknown']:9}{metrics['unformatted']:13}"
+            )
+    print("\n" + "\n".join(lines) + f"\n\nresults: {config.out}")
 
 
 if __name__ == "__main__":
-    run(main, ("a smaller --batch-size", "a smaller --max-new-tokens", "fewer --samples"))
+    run_script(main, "a smaller --batch-size or --max-new-tokens, fewer --samples")

@@ -1,20 +1,21 @@
-"""Group Relative Policy Optimization: the maths as pure functions of tensors, and a group's log-probabilities.
+"""Group Relative Policy Optimization: the maths, as pure functions of tensors.
 
 One update, in the order train_grpo.py does it (numbers as in the README):
 
     1. sample G completions of each prompt from the policy
     2. reward each completion
-    3. completion_logps    log pi(token) of every sampled token, under the policy and under the reference
-    4. group_advantages    A = (r - mean) / std within the group             paper, eq. 4
-    5. per_token_kl        how far the policy has moved from the reference   paper, eq. 3 (k3 estimator)
-    6. grpo_loss           raise the probability of what did better than its group, stay near the reference
+    3. completion_logps    log pi(token) of every sampled token, under policy and reference
+    4. group_advantages    A = (r - mean) / std within the group         paper, eq. 4
+    5. per_token_kl        how far the policy is from the reference      paper, eq. 3 (k3 estimator)
+    6. grpo_loss           make likelier what did better than its group, stay near the reference
 
-The defaults are the paper's. What other work does differently stands beside it as an argument: `scale` (Dr. GRPO, arXiv:2503.20783),
-`token_mean`, `clip_high` and a mask without truncated completions (DAPO, arXiv:2503.14476), KL in the reward (InstructGPT,
-arXiv:2203.02155).
+The defaults are the paper's. What other work does differently stands beside it as an argument:
+`scale` (Dr. GRPO, arXiv:2503.20783), `token_mean`, `clip_high` and a mask without truncated
+completions (DAPO, arXiv:2503.14476), KL in the reward (InstructGPT, arXiv:2203.02155).
 
-Shapes: B prompts · G completions per prompt · P prompt length · C completion length · D width · V vocabulary.
-This file needs torch alone and knows nothing of video or sound: it works with any causal language model.
+Shapes: B prompts · G completions per prompt · R = B*G rows · P prompt length · C completion length
+· D width · V vocabulary. This file needs torch alone and knows nothing of video or sound: it works
+with any causal language model.
 """
 
 import torch
@@ -24,35 +25,41 @@ from torch.utils.checkpoint import checkpoint
 def group_advantages(rewards, eps=1e-4, scale=True):
     """How much better than its group is each completion, in standard deviations? (paper, eq. 4)
 
-    rewards (B, G) float -> (B, G). The std is the unbiased one; eps keeps a group of equal rewards from being 0/0.
-    G < 2 has no group to compare with: ValueError.
+    rewards (B, G) float -> (B, G). The std is the unbiased one; eps keeps a group of equal rewards
+    from being 0/0. G < 2 has no group to compare with: ValueError.
 
-    scale=False (Dr. GRPO) leaves out the division: with it, groups that nearly always fail or nearly always succeed
-    get the largest advantages, although they have least to teach."""
+    scale=False (Dr. GRPO) leaves out the division: with it, groups that nearly always fail or
+    nearly always succeed get the largest advantages, although they have least to teach."""
     if rewards.dim() != 2 or rewards.shape[1] < 2:
-        raise ValueError(f"rewards must be (B, G) with G >= 2 completions per prompt, got {tuple(rewards.shape)}")
-    rewards = rewards - rewards[:, :1]  # a group of equal rewards is exactly 0 then, whatever its mean rounds to
+        shape = tuple(rewards.shape)
+        raise ValueError(f"rewards must be (B, G) with G >= 2 completions per prompt, got {shape}")
+    # A group of equal rewards is exactly 0 from here on, whatever its mean rounds to.
+    rewards = rewards - rewards[:, :1]
     deviation = rewards - rewards.mean(dim=1, keepdim=True)
     return deviation / (rewards.std(dim=1, keepdim=True) + eps) if scale else deviation
 
 
 def kl_in_reward(rewards, logps, ref_logps, mask, beta):
-    """rewards - beta * (log pi - log pi_ref) of the whole completion: the KL as a part of what is rewarded.
+    """rewards - beta * (log pi - log pi_ref) of the whole completion: the KL as part of the reward.
 
-    rewards (B, G); logps, ref_logps, mask (B, G, C), of the policy that sampled -> (B, G). The k1 estimator, whose
-    gradient is right here and zero on average in the loss; use it with beta=0 in grpo_loss."""
+    rewards (B, G); logps, ref_logps, mask (B, G, C), of the policy that sampled -> (B, G). The k1
+    estimator, whose gradient is right here and zero on average in the loss; use it with beta=0 in
+    grpo_loss. Both log-probabilities must come from the same kind of pass: what sampling rounds
+    differently would be divided by the group's std, and pull."""
     return rewards - beta * torch.where(mask, logps - ref_logps, 0.0).sum(-1)
 
 
 def completion_mask(completion_ids, eos_token_id):
-    """Which tokens count: all up to and including the first EOS. (rows, C) ids -> (rows, C) bool.
+    """Which tokens count: all up to and including the first EOS. (..., C) ids -> (..., C) bool.
 
-    By position, never by value: the EOS itself must get a gradient (or the model never learns to stop), and
-    padding may well be the same id. eos_token_id None: every token counts."""
+    By position, never by value: the EOS itself must get a gradient (or the model never learns to
+    stop), and padding may well be the same id. eos_token_id: one id, or several of which any ends a
+    completion; None: every token counts."""
     if eos_token_id is None:
         return torch.ones_like(completion_ids, dtype=torch.bool)
-    is_eos = (completion_ids == eos_token_id).int()
-    eos_before = is_eos.cumsum(dim=1) - is_eos  # number of EOS strictly before each position
+    eos = torch.as_tensor(eos_token_id, device=completion_ids.device)
+    is_eos = torch.isin(completion_ids, eos).int()
+    eos_before = is_eos.cumsum(dim=-1) - is_eos  # number of EOS strictly before each position
     return eos_before == 0
 
 
@@ -65,87 +72,146 @@ def token_logps(logits, ids):
 def chunked_logps(model, hidden, ids, chunk=512):
     """log pi of each id given the hidden state before it: (n, D), (n,) -> (n,) float32.
 
-    Logits are made for `chunk` positions at a time and made again in the backward pass: chunk x V numbers live
-    instead of n x V."""
-    pieces = [checkpoint(lambda h, i: token_logps(model.logits(h), i), h, i, use_reentrant=False, preserve_rng_state=False)
-              for h, i in zip(hidden.split(chunk), ids.split(chunk))]
+    Logits are made for `chunk` positions at a time and, where there are more, made again in the
+    backward pass: chunk x V numbers live instead of n x V."""
+
+    def logps(hidden, ids):
+        return token_logps(model.logits(hidden), ids)
+
+    if len(ids) <= chunk:
+        return logps(hidden, ids)
+    pieces = [
+        checkpoint(logps, h, i, use_reentrant=False, preserve_rng_state=False)
+        for h, i in zip(hidden.split(chunk), ids.split(chunk))
+    ]
     return torch.cat(pieces)
 
 
-def completion_logps(model, prompt_embeds, completion_ids, chunk=512):
-    """log pi(token | prompt, tokens before) of a group of completions; the prompt runs through the model once.
+def length_buckets(lengths, shortest=0.7, few=8):
+    """Row numbers in lists, longest first: a list's rows run together, padded to its longest.
 
-    prompt_embeds (P, D) or (1, P, D), completion_ids (G, C) int64 -> (G, C) float32. After a row's end the values
-    mean nothing: mask them.
+    lengths: one int per row. A row opens a new list if it is shorter than `shortest` of the list's
+    longest row, and by more than `few` tokens: a list of its own costs a pass of its own."""
+    buckets = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        longest = lengths[buckets[-1][0]] if buckets else None
+        if longest is None or lengths[row] < min(shortest * longest, longest - few):
+            buckets.append([])
+        buckets[-1].append(row)
+    return buckets
+
+
+def completion_logps(model, prompt_embeds, completion_ids, mask=None, chunk=512):
+    """log pi(token | prompt, tokens before) of all completions; a prompt runs through once.
+
+    prompt_embeds (B, P, D) and completion_ids (B, G, C) int64 -> (B, G, C) float32, or, of a single
+    prompt, (P, D) or (1, P, D) and (G, C) -> (G, C). mask, shaped like the ids: the tokens that are
+    wanted; the others come back as 0, and cost nothing behind a row's last wanted one.
 
     Asks of `model` four things, which any causal language model can offer:
-        model(embeds, return_kv=True)  -> hidden states (1, P, D) and the prompt's keys and values `kv`
-        model(embeds, past=kv)         -> hidden states (G, L, D) of G rows that all follow that one prompt
-        model.embed_tokens(ids)        -> (G, L, D)
-        model.logits(hidden)           -> (..., V)
-    Gradients flow through `kv` into the prompt, summed over the G rows: the same value and the same gradient as
-    with the prompt repeated G times, for G + 1 short sequences instead of G long ones.
+        model(embeds, return_kv=True)      hidden states (B, P, D), keys and values `kv`
+        model(embeds, past=kv, rows=rows)  hidden states (r, L, D); row i follows prompt rows[i]
+        model.embed_tokens(ids)            (r, L) -> (r, L, D)
+        model.logits(hidden)               (..., D) -> (..., V)
+    Gradients flow through `kv` into the prompt, summed over its G rows: value and gradient are
+    those of the prompt repeated G times, for B * (P + G*C) positions instead of B * G * (P + C).
     """
-    G, C = completion_ids.shape
-    prompt_embeds = prompt_embeds.reshape(1, *prompt_embeds.shape[-2:])
-    prompt_hidden, kv = model(prompt_embeds, return_kv=True)
-    # The state at position t predicts token t + 1: the prompt's last state predicts every row's first token, and
-    # the last token is never an input.
-    hidden = prompt_hidden[:, -1:].expand(G, -1, -1)
-    if C > 1:
-        hidden = torch.cat([hidden, model(model.embed_tokens(completion_ids[:, :-1]), past=kv)], dim=1)
-    return chunked_logps(model, hidden.flatten(0, 1), completion_ids.flatten(), chunk).view(G, C)
+    prompts = prompt_embeds.reshape(-1, *prompt_embeds.shape[-2:])  # (B, P, D)
+    ids = completion_ids.reshape(-1, completion_ids.shape[-1])  # (R, C)
+    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.view(ids.shape).bool()
+    R, C = ids.shape
+    prompt_of_row = torch.arange(R, device=ids.device) // (R // len(prompts))
+    lengths = (mask * torch.arange(1, C + 1, device=ids.device)).amax(dim=1).tolist()
+
+    prompt_hidden, kv = model(prompts, return_kv=True)
+    logps, places = [], []
+    for bucket in length_buckets(lengths):
+        longest = lengths[bucket[0]]
+        rows = torch.tensor(bucket, device=ids.device)
+        # The state at position t predicts token t + 1: the prompt's last state predicts every row's
+        # first token, and the last token is never an input.
+        hidden = prompt_hidden[prompt_of_row[rows], -1:]  # (r, 1, D)
+        if longest > 1:
+            inputs = model.embed_tokens(ids[rows, : longest - 1])
+            behind = model(inputs, past=kv, rows=prompt_of_row[rows])
+            hidden = torch.cat([hidden, behind], dim=1)  # (r, longest, D)
+        row, position = mask[rows, :longest].nonzero(as_tuple=True)
+        # Only wanted positions reach the head, which is the largest layer of all.
+        logps.append(chunked_logps(model, hidden[row, position], ids[rows[row], position], chunk))
+        places.append(rows[row] * C + position)
+    logps = torch.zeros(R * C, device=ids.device).index_put((torch.cat(places),), torch.cat(logps))
+    return logps.view(completion_ids.shape)
 
 
 def per_token_kl(logps, ref_logps):
     """KL[policy || reference] per token by the k3 estimator exp(d) - d - 1 with d = ref - policy.
 
-    (rows, C), (rows, C) -> (rows, C). Its value is unbiased under samples of the policy, never negative, 0 where
-    both agree. As a loss its gradient is that of KL[reference || policy], which has the same minimum; that of the simpler
-    k1 = -d would be zero on average."""
+    (..., C), (..., C) -> (..., C). Its value is unbiased under samples of the policy, never
+    negative, 0 where both agree. As a loss its gradient is that of KL[reference || policy], which
+    has the same minimum; that of the simpler k1 = -d would be zero on average."""
     d = ref_logps - logps
-    return d.exp() - d - 1
+    return torch.expm1(d) - d  # exp(d) - d - 1 would round small values to less than 0
 
 
-def grpo_loss(logps, old_logps, ref_logps, advantages, mask, beta=0.04, clip_eps=0.2, *, clip_high=None, token_mean=False,
-              total=None):
+def grpo_loss(
+    logps,
+    old_logps,
+    ref_logps,
+    advantages,
+    mask,
+    beta=0.04,
+    clip_eps=0.2,
+    *,
+    clip_high=None,
+    token_mean=False,
+    total=None,
+):
     """Loss of a batch of completions, and what to log about it.
 
-        loss = mean over completions of the mean over their tokens of -(min(ratio A, clip(ratio) A) - beta KL)
+        loss = mean over completions of the mean over their tokens of
+               -(min(ratio A, clip(ratio) A) - beta KL)
 
-    logps       (rows, C) float32 with gradient: the policy
-    old_logps   (rows, C) of the policy that sampled them, or None: this is the first step after the rollout, so
-                the ratio is 1 in value; its gradient is that of logps
-    ref_logps   (rows, C) of the frozen reference, or None: no KL term
+    logps       (rows, C) or (B, G, C) float32 with gradient: the policy
+    old_logps   alike, of the policy that sampled them, or None: this is the first step after the
+                rollout, so the ratio is 1 in value; its gradient is that of logps
+    ref_logps   alike, of the frozen reference, or None: no KL term
     advantages  (rows,) or (B, G)
-    mask        (rows, C) bool or 0/1: the tokens that count. Leave truncated completions out (DAPO), and they are
-                not punished for what they had no room to say
-    clip_high   the ratio's clip above 1, if not clip_eps (DAPO): room for rare tokens to become likely
-    token_mean  (DAPO) mean over all tokens at once: a long completion counts more, and its tokens no less than others
-    total       completions (with token_mean: tokens that count) of the whole update, when this batch is a part of it:
-                the parts' losses and metrics then add up to those of the update. Default: this batch is all
+    mask        like logps, bool or 0/1: the tokens that count. Leave truncated completions out
+                (DAPO), and they are not punished for what they had no room to say
+    clip_high   the ratio's clip above 1, if not clip_eps (DAPO): room for rare tokens
+    token_mean  (DAPO) mean over all tokens at once: a long completion counts more, its tokens as
+                much as others
+    total       completions (with token_mean: tokens that count) of the whole update, when this
+                batch is a part of it: the parts' losses and metrics then add up to those of the
+                update. Default: this batch is all. A completion without a token that counts is
+                still one of the completions, and adds nothing to the tokens
 
-    Returns the scalar loss and a dict of detached scalars: kl and clip_share (tokens where the clip stops the
-    gradient), averaged like the loss, and completion_length (tokens per row of this batch).
+    Returns the scalar loss and a dict of detached scalars: kl and clip_share (tokens where the
+    clip stops the gradient), averaged like the loss, and completion_length (tokens per row).
     """
     mask = mask.to(logps.dtype)
-    advantages = advantages.reshape(-1, 1).to(logps.dtype)
-    lengths = mask.sum(dim=1)
+    advantages = advantages.reshape(logps.shape[:-1])[..., None].to(logps.dtype)
+    lengths = mask.sum(dim=-1)
     if total is None:
-        total = lengths.sum().clamp(min=1) if token_mean else len(logps)
+        total = lengths.sum().clamp(min=1) if token_mean else lengths.numel()
 
     def average(per_token):
-        # where() and not a product: whatever stands after a row's end, were it inf, must not reach the sum
-        sums = torch.where(mask > 0, per_token, 0.0).sum(dim=1)
+        # where() and not a product: what stands after a row's end, were it inf, must not count
+        sums = torch.where(mask > 0, per_token, 0.0).sum(dim=-1)
         return (sums if token_mean else sums / lengths.clamp(min=1)).sum() / total
 
     ratio = torch.exp(logps - (logps.detach() if old_logps is None else old_logps))
     clipped = ratio.clamp(1 - clip_eps, 1 + (clip_eps if clip_high is None else clip_high))
-    # min: the pessimistic side. With A > 0 it stops pushing a token up that is up already; with A < 0, down.
+    # min: the pessimistic side. With A > 0 it stops pushing a token up that is up already, with
+    # A < 0 it stops pushing one down.
     objective = torch.min(ratio * advantages, clipped * advantages)
     kl = torch.zeros_like(logps) if ref_logps is None else per_token_kl(logps, ref_logps)
     loss = -average(objective - beta * kl)
     with torch.no_grad():
         stopped = (clipped * advantages < ratio * advantages).to(logps.dtype)
-        metrics = {"kl": average(kl), "clip_share": average(stopped), "completion_length": lengths.mean()}
-    return loss, {name: value.detach() for name, value in metrics.items()}
+        metrics = {
+            "kl": average(kl).detach(),
+            "clip_share": average(stopped),
+            "completion_length": lengths.mean(),
+        }
+    return loss, metrics

@@ -1,33 +1,38 @@
-"""Write a manifest, the JSON list that the other scripts read, for a data set as its authors deliver it.
+"""Write a manifest, the JSON list that the other scripts read, for a data set as it is delivered.
 
     python prepare.py dfew    --root DFEW --split train --fold 1 --out dfew_train.json
     python prepare.py mafw    --root MAFW --split test  --fold 1 --out mafw_test.json
     python prepare.py ravdess --root RAVDESS --actors 21-24 --out ravdess.json
-    python prepare.py emer    --root EMER --csv EMER/gt-eng.csv --videos MER2023/video --out emer.json
+    python prepare.py emer    --root EMER --csv gt-eng.csv --videos MER2023/video --out emer.json
 
 What is expected in --root:
 
     dfew       Clip/original/1.mp4 or 00001.mp4, ...
-               EmoLabel_DataSplit/train(single-labeled)/set_1.csv with columns video_name,label; also test, folds 1-5
+               EmoLabel_DataSplit/train(single-labeled)/set_1.csv with columns video_name,label;
+               also test, folds 1-5
     mafw       data/clips/00025.mp4, ...
-               Train & Test Set/single/no_caption/set_1/train.txt with lines "00025.mp4 anger"; also test, folds 1-5
-    ravdess    Actor_01/01-01-03-01-01-01-01.mp4, ...; of these, speech that has both sound and picture. There is no
-               official split: choose actors with --actors, other ones for testing than for training
-    emer       one csv file, or several and --csv; first version: names,emotions,subtitles,reasons, where the first
-               emotion is the answer; second: name,chinese,english, where the answer is the last emotion word of the
-               English text (EMOTION_WORDS below; 265 of the 332 published texts have one). Texts without an answer
-               are counted and left out. Clips are name.mp4 or .avi, ... in --videos, or else in --root.
+               Train & Test Set/single/no_caption/set_1/train.txt with lines "00025.mp4 anger";
+               also test, folds 1-5
+    ravdess    Actor_01/01-01-03-01-01-01-01.mp4, ...; of these, speech that has both sound and
+               picture. There is no official split: choose actors with --actors, other ones for
+               testing than for training
+    emer       one csv file, or several and --csv. First version: names,emotions,subtitles,reasons,
+               where the first emotion is the answer. Second: name,chinese,english, where the
+               answer is the last emotion word of the English text (EMOTION_WORDS below; 265 of
+               the 332 published texts have one). Texts without an answer are counted and left
+               out. Clips are name.mp4 or .avi, ... in --videos, or else in --root.
 
-dfew, mafw and ravdess have labels only: a prompt that asks for reasoning, and the label to reward (--question label:
-the prompt for models that only name the emotion). emer has reasoning to imitate: <think>text</think> and
-<answer>word</answer> (--question label: the word alone).
+dfew, mafw and ravdess have labels only: a prompt that asks for reasoning, and the label to reward
+(--question label: the prompt for models that only name the emotion). emer has reasoning to imitate:
+<think>text</think> and <answer>word</answer> (--question label: the word alone).
 
-Paths in the manifest are relative to the manifest's own folder, so the other scripts need no --media-root; keep it
-where it was written. A clip that is listed but not there is an error, or left out with --skip-missing. Whether a clip
-can be decoded is not looked at: 21 clips of mafw have no sound.
+Paths in the manifest are relative to the manifest's own folder, so the other scripts need no
+--media-root; keep it where it was written. A clip that is listed but not there is an error, or left
+out with --skip-missing. Whether a clip can be decoded is not looked at: 21 clips of mafw have no
+sound.
 
-To add a data set, write one function that yields (clip, label) or (clip, (reasoning, word)), and name it in SETS; its
-parameters after root are the flags it takes, required if without a default.
+To add a data set, write one function that yields (clip, label) or (clip, (reasoning, word)), and
+name it in SETS; its parameters after root are the flags it takes, required if without a default.
 """
 
 import argparse
@@ -40,25 +45,61 @@ from csv import DictReader
 from csv import Error as CsvError
 from pathlib import Path
 
-from common import run
 from data import QUESTION_LABEL, QUESTION_REASONING
-from errors import DataError, is_file
 from rewards import format_reward, normalise
-from toy import write_json
+from support.errors import DataError, is_file, write_json
+from support.flags import run_script
 
-DFEW_LABELS = {"1": "happy", "2": "sad", "3": "neutral", "4": "angry", "5": "surprise", "6": "disgust", "7": "fear"}
-MAFW_LABELS = {"anger": "angry", "disgust": "disgust", "fear": "fear", "happiness": "happy", "neutral": "neutral",
-               "sadness": "sad", "surprise": "surprise", "contempt": "contemptuous", "anxiety": "anxious",
-               "helplessness": "helpless", "disappointment": "disappointed"}
-RAVDESS_LABELS = {"01": "neutral", "02": "calm", "03": "happy", "04": "sad", "05": "angry", "06": "fear",
-                  "07": "disgust", "08": "surprise"}
-# The label words of the sets above, and worried. Not calm and neutral, which mostly describe voices and faces.
-EMOTION_WORDS = {"happy": "happy happily happiness joy joyful", "sad": "sad sadly sadness sorrow sorrowful",
-                 "angry": "angry angrily anger", "surprise": "surprise surprised", "disgust": "disgust disgusted",
-                 "fear": "fear fearful afraid", "worried": "worried worry worries", "anxious": "anxious anxiety",
-                 "contemptuous": "contemptuous contempt", "helpless": "helpless helplessness",
-                 "disappointed": "disappointed disappointment"}
+DFEW_LABELS = {
+    "1": "happy",
+    "2": "sad",
+    "3": "neutral",
+    "4": "angry",
+    "5": "surprise",
+    "6": "disgust",
+    "7": "fear",
+}
+MAFW_LABELS = {
+    "anger": "angry",
+    "disgust": "disgust",
+    "fear": "fear",
+    "happiness": "happy",
+    "neutral": "neutral",
+    "sadness": "sad",
+    "surprise": "surprise",
+    "contempt": "contemptuous",
+    "anxiety": "anxious",
+    "helplessness": "helpless",
+    "disappointment": "disappointed",
+}
+RAVDESS_LABELS = {
+    "01": "neutral",
+    "02": "calm",
+    "03": "happy",
+    "04": "sad",
+    "05": "angry",
+    "06": "fear",
+    "07": "disgust",
+    "08": "surprise",
+}
+# The label words of the sets above, and worried. Not calm and neutral, which mostly describe voices
+# and faces.
+EMOTION_WORDS = {
+    "happy": "happy happily happiness joy joyful",
+    "sad": "sad sadly sadness sorrow sorrowful",
+    "angry": "angry angrily anger",
+    "surprise": "surprise surprised",
+    "disgust": "disgust disgusted",
+    "fear": "fear fearful afraid",
+    "worried": "worried worry worries",
+    "anxious": "anxious anxiety",
+    "contemptuous": "contemptuous contempt",
+    "helpless": "helpless helplessness",
+    "disappointed": "disappointed disappointment",
+}
 LABEL_OF = {form: label for label, forms in EMOTION_WORDS.items() for form in forms.split()}
+EMER_COLUMNS = [("names", "emotions", "reasons"), ("name", "english"), ("names", "english")]
+VIDEO_ENDINGS = [".mp4", ".avi", ".mkv", ".webm", ".flv"]
 
 # ------------------------------------------------------------------------------------------------
 # Reading, shared by the data sets
@@ -74,21 +115,32 @@ def read_text(path):
         raise DataError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
 
 
-def read_csv(path, *layouts):
-    """Yields ("file: line n", row as a dict) of a csv file whose header has all columns of one of the layouts."""
-    # strict: a forgotten quote would otherwise swallow the rest of the file into one field, without a word.
-    reader = DictReader(io.StringIO(read_text(path), newline=""), skipinitialspace=True, strict=True)
+def read_csv(path, layouts):
+    """Yield ("file: line n", row as a dict) of a csv file.
+
+    layouts: tuples of column names; the header has to hold all of one of them.
+    """
+    # strict: a forgotten quote would otherwise swallow the rest of the file into one field.
+    text = io.StringIO(read_text(path), newline="")
+    reader = DictReader(text, skipinitialspace=True, strict=True)
     try:
         header = reader.fieldnames or []
         if not any(set(layout) <= set(header) for layout in layouts):
+            found = ",".join(header) or "missing"
             wanted = " or ".join(",".join(layout) for layout in layouts)
-            raise DataError(f"{path}: line 1: columns are {','.join(header) or 'missing'}, should be {wanted}")
+            raise DataError(f"{path}: line 1: columns are {found}, should be {wanted}")
         for row in reader:
-            if None in row or None in row.values():  # what DictReader makes of fields too many or too few
-                raise DataError(f"{path}: line {reader.line_num}: should have {len(header)} fields: {','.join(header)}")
-            yield f"{path}: line {reader.line_num}", row
-    except CsvError as error:  # in the entry that begins after the last good one
-        raise DataError(f"{path}: line {reader.line_num + 1}: {error}; is a quote missing or not doubled?") from error
+            where = f"{path}: line {reader.line_num}"
+            # What DictReader makes of fields too many or too few.
+            if None in row or None in row.values():
+                columns = ",".join(header)
+                raise DataError(f"{where}: should have {len(header)} fields: {columns}")
+            yield where, row
+    except CsvError as error:
+        # In the entry that begins after the last good one.
+        raise DataError(
+            f"{path}: line {reader.line_num + 1}: {error}; is a quote missing or not doubled?"
+        ) from error
 
 
 def label_of(code, labels, where):
@@ -103,8 +155,9 @@ def check_fold(fold):
 
 
 def first_existing(folder, names):
-    """The first of these files that is there; if none is, the first, which will be reported as missing."""
-    return next((folder / name for name in names if is_file(folder / name)), folder / names[0])
+    """The first of these files that is there; if none is, the first: it is reported as missing."""
+    paths = [folder / name for name in names]
+    return next((path for path in paths if is_file(path)), paths[0])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -113,12 +166,13 @@ def first_existing(folder, names):
 
 def dfew(root, split, fold=1):
     check_fold(fold)
-    path = root / "EmoLabel_DataSplit" / f"{split}(single-labeled)" / f"set_{fold}.csv"
-    for where, row in read_csv(path, ("video_name", "label")):
+    clips = root / "Clip" / "original"
+    table = root / "EmoLabel_DataSplit" / f"{split}(single-labeled)" / f"set_{fold}.csv"
+    for where, row in read_csv(table, [("video_name", "label")]):
         name = row["video_name"].strip()
         if not re.fullmatch("[0-9]{1,9}", name):
             raise DataError(f"{where}: video_name {name!r} should be the number of a clip")
-        clip = first_existing(root / "Clip" / "original", [f"{int(name):05d}.mp4", f"{int(name)}.mp4"])
+        clip = first_existing(clips, [f"{int(name):05d}.mp4", f"{int(name)}.mp4"])
         yield clip, label_of(row["label"].strip(), DFEW_LABELS, where)
 
 
@@ -126,65 +180,102 @@ def mafw(root, split, fold=1):
     check_fold(fold)
     path = root / "Train & Test Set" / "single" / "no_caption" / f"set_{fold}" / f"{split}.txt"
     for number, line in enumerate(read_text(path).splitlines(), start=1):
-        if not line.strip():
+        where, words = f"{path}: line {number}", line.split()
+        if not words:
             continue
-        if len(line.split()) != 2:
-            raise DataError(f"{path}: line {number}: should be like \"00025.mp4 anger\", is {line.strip()!r}")
-        name, label = line.split()
-        yield root / "data" / "clips" / name, label_of(label, MAFW_LABELS, f"{path}: line {number}")
+        if len(words) != 2:
+            raise DataError(f'{where}: should be like "00025.mp4 anger", is {line.strip()!r}')
+        name, label = words
+        yield root / "data" / "clips" / name, label_of(label, MAFW_LABELS, where)
 
 
 def ravdess(root, actors=None):
     present = {int(folder.name[-2:]) for folder in root.glob("Actor_[0-9][0-9]")}
     if not present:
         raise DataError(f"{root}: holds no folder Actor_01 or the like; is --root right?")
-    for actor in sorted(present) if actors is None else actor_numbers(",".join(actors)):
+    wanted = sorted(present) if actors is None else actor_numbers(",".join(actors))
+    for actor in wanted:
         if actor not in present:
-            raise DataError(f"{root}: has no folder Actor_{actor:02d}; unpack it, or leave it out of --actors")
-        folder, found = root / f"Actor_{actor:02d}", 0
-        for clip in sorted(folder.glob("[!.]*.mp4")):  # not ._*.mp4, which macOS leaves in folders
-            parts = clip.stem.split("-")  # modality, vocal channel, emotion, intensity, statement, repetition, actor
-            if not re.fullmatch(r"[0-9]{2}(-[0-9]{2}){6}", clip.stem) or int(parts[6]) != actor:
-                raise DataError(f"{clip}: name should be seven two-digit numbers, the last of them {actor:02d}; "
-                                "is it from this data set? If not, move it away")
-            if parts[:2] == ["01", "01"]:  # sound and picture, not one of them; speech, not song
+            raise DataError(
+                f"{root}: has no folder Actor_{actor:02d}; unpack it, or leave it out of --actors"
+            )
+        folder = root / f"Actor_{actor:02d}"
+        found = 0
+        # Not ._*.mp4, which macOS leaves in folders.
+        for clip in sorted(folder.glob("[!.]*.mp4")):
+            modality, channel, emotion = ravdess_fields(clip, actor)
+            # Sound and picture, not one of them; speech, not song.
+            if modality == "01" and channel == "01":
                 found += 1
-                yield clip, label_of(parts[2], RAVDESS_LABELS, clip)
+                yield clip, label_of(emotion, RAVDESS_LABELS, clip)
         if found != 60:
             print(f"note: {folder} holds {found} speech clips with sound, the published one 60")
 
 
+def ravdess_fields(clip, actor):
+    """Modality, vocal channel and emotion, the first fields of a name.
+
+    Intensity, statement, repetition and actor follow.
+    """
+    fields = clip.stem.split("-")
+    if not re.fullmatch(r"[0-9]{2}(-[0-9]{2}){6}", clip.stem) or int(fields[6]) != actor:
+        raise DataError(
+            f"{clip}: name should be seven two-digit numbers, the last of them {actor:02d}; "
+            "is it from this data set? If not, move it away"
+        )
+    return fields[:3]
+
+
 def actor_numbers(text):
-    """"1-3,21" -> [1, 2, 3, 21]"""
+    """Text such as "1-3,21" -> [1, 2, 3, 21]."""
     numbers = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*([0-9]{1,4})(?:-([0-9]{1,4}))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if not 1 <= first <= last <= 24:
-            raise DataError(f"--actors {text}: {part!r} is no actor or range from 1 to 24, such as 1-20 or 21,22,24")
+            raise DataError(
+                f"--actors {text}: {part!r} is no actor or range from 1 to 24, "
+                "such as 1-20 or 21,22,24"
+            )
         numbers |= set(range(first, last + 1))
     return sorted(numbers)
 
 
 def emer(root, csv=None, videos=None):
-    path, tables = Path(csv or ""), sorted(root.glob("*.csv"))
-    if csv is None:
-        if len(tables) != 1:
-            raise DataError(f"{root}: holds {len(tables)} csv files; say which one with --csv")
-        path = tables[0]
+    table = Path(csv) if csv is not None else only_table(root)
     folder = Path(videos).resolve() if videos else root
-    for where, row in read_csv(path, ("names", "emotions", "reasons"), ("name", "english"), ("names", "english")):
+    for where, row in read_csv(table, EMER_COLUMNS):
         name = (row.get("names") or row.get("name") or "").strip()
         if not name:
             raise DataError(f"{where}: the clip's name is empty")
-        kinds = [".mp4", ".avi", ".mkv", ".webm", ".flv"]
-        clip = first_existing(folder, [name] if Path(name).suffix in kinds else [name + kind for kind in kinds])
-        if "emotions" in row:  # one word, several, or several as a Python list
-            words = [normalise(word.strip(" []'\"")) for word in re.split("[,;，、]", row["emotions"])]
-            yield clip, (row["reasons"].strip(), words[0])
-        else:  # the conclusion comes last
-            words = [LABEL_OF[word] for word in re.findall("[a-z]+", row["english"].lower()) if word in LABEL_OF]
-            yield clip, (row["english"].strip(), words[-1] if words else "")
+        names = [name + ending for ending in VIDEO_ENDINGS]
+        if Path(name).suffix in VIDEO_ENDINGS:
+            names = [name]
+        clip = first_existing(folder, names)
+        if "emotions" in row:
+            yield clip, (row["reasons"].strip(), first_emotion(row["emotions"]))
+        else:
+            yield clip, (row["english"].strip(), last_emotion(row["english"]))
+
+
+def only_table(root):
+    tables = sorted(root.glob("*.csv"))
+    if len(tables) != 1:
+        raise DataError(f"{root}: holds {len(tables)} csv files; say which one with --csv")
+    return tables[0]
+
+
+def first_emotion(text):
+    """The first of a list of words, in plain writing or in Python's."""
+    word = re.split("[,;，、]", text)[0]
+    return normalise(word.strip(" []'\""))
+
+
+def last_emotion(text):
+    """The label of the last emotion word of an English text, as conclusions come last; or ""."""
+    words = re.findall("[a-z]+", text.lower())
+    labels = [LABEL_OF[word] for word in words if word in LABEL_OF]
+    return labels[-1] if labels else ""
 
 
 SETS = {reader.__name__: reader for reader in (dfew, mafw, ravdess, emer)}
@@ -197,80 +288,145 @@ def few(names):
     return ", ".join(names[:3]) + (", ..." if names[3:] else "")
 
 
+def answer_of(target):
+    """The word of a target, which is a label or (reasoning, word)."""
+    return target[1] if isinstance(target, tuple) else target
+
+
+def is_complete(target):
+    """Reasoning without its text or its word teaches nothing."""
+    return all(target) if isinstance(target, tuple) else True
+
+
 def entry_of(clip, target, question, folder):
-    """One entry of a manifest in `folder`; `target` is a label or (reasoning, word)."""
-    if isinstance(target, tuple):
-        reasoning, answer = target
-        if question == "reasoning":
-            answer = f"<think>{reasoning}</think>\n<answer>{answer}</answer>"
-            if not format_reward(answer):
-                raise DataError(f"{clip}: its text has <think> or <answer> tags of its own; take them out")
-    else:
-        answer = target
+    """One entry of a manifest in `folder`; question: "reasoning" or "label"."""
     ask = QUESTION_REASONING if question == "reasoning" else QUESTION_LABEL
-    return {"video": Path(os.path.relpath(clip, folder)).as_posix(),
-            "conversations": [{"from": "human", "value": f"<video>\n<audio>\n{ask}"}, {"from": "gpt", "value": answer}]}
+    answer = answer_of(target)
+    if isinstance(target, tuple) and question == "reasoning":
+        answer = f"<think>{target[0]}</think>\n<answer>{answer}</answer>"
+        if not format_reward(answer):
+            raise DataError(
+                f"{clip}: its text has <think> or <answer> tags of its own; take them out"
+            )
+    return {
+        "video": Path(os.path.relpath(clip, folder)).as_posix(),
+        "conversations": [
+            {"from": "human", "value": f"<video>\n<audio>\n{ask}"},
+            {"from": "gpt", "value": answer},
+        ],
+    }
+
+
+def usable_clips(listed, skip_missing, mend):
+    """[(clip, target), ...] -> those that are complete and there, and the missing clips' paths.
+
+    Raises DataError for missing clips without skip_missing; mend: the flags that may be wrong.
+    """
+    incomplete = [clip.stem for clip, target in listed if not is_complete(target)]
+    if incomplete:
+        print(
+            f"{len(incomplete)} of {len(listed)} entries left out, "
+            f"without a text or an emotion word: {few(incomplete)}"
+        )
+    complete = [(clip, target) for clip, target in listed if is_complete(target)]
+    usable, missing = [], []
+    for clip, target in complete:
+        if is_file(clip):
+            usable.append((clip, target))
+        else:
+            missing.append(str(clip))
+    if missing and not skip_missing:
+        raise DataError(
+            f"{len(missing)} of {len(complete)} clips are missing: {few(missing)}; "
+            f"mend {mend}, or leave them out with --skip-missing"
+        )
+    return usable, missing
+
+
+# ------------------------------------------------------------------------------------------------
+# The script
 
 
 def parse_args(argv=None):
     """Command line -> all flags, and a dict of those given that are not for every data set."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("set", choices=SETS, help="the data set")
     parser.add_argument("--root", required=True, help="its folder")
-    parser.add_argument("--out", required=True, help="the manifest to write; its paths are relative to its own folder")
-    parser.add_argument("--question", choices=("reasoning", "label"), default="reasoning",
-                        help="what the prompt asks for (default: reasoning)")
-    parser.add_argument("--skip-missing", action="store_true", help="list clips that are not there, and leave them out")
+    parser.add_argument("--out", required=True, help="the manifest to write")
+    parser.add_argument(
+        "--question",
+        choices=("reasoning", "label"),
+        default="reasoning",
+        help="what the prompt asks for (default: reasoning)",
+    )
+    parser.add_argument(
+        "--skip-missing",
+        action="store_true",
+        help="list clips that are not there, and leave them out",
+    )
     own = parser.add_argument_group("of one or two data sets")
     own.add_argument("--split", choices=("train", "test"), help="dfew, mafw")
     own.add_argument("--fold", type=int, help="dfew, mafw: 1 to 5 (default: 1)")
-    own.add_argument("--actors", nargs="+", help="ravdess: such as 1-20 or 21,22,24 (default: all that are there)")
+    own.add_argument(
+        "--actors",
+        nargs="+",
+        help="ravdess: such as 1-20 or 21,22,24 (default: all that are there)",
+    )
     own.add_argument("--csv", help="emer: the texts (default: the one csv file in --root)")
     own.add_argument("--videos", help="emer: the clips' folder (default: --root)")
     args = parser.parse_args(argv)
-    shared = ("set", "root", "out", "question", "skip_missing")
-    return args, {flag: value for flag, value in vars(args).items() if flag not in shared and value is not None}
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    for name in ("set", "root", "out", "question", "skip_missing"):
+        del given[name]
+    return args, given
+
+
+def check_flags(name, given):
+    """Flags of another data set are refused, not ignored -> the parameters that this one takes."""
+    _root, *parameters = inspect.signature(SETS[name]).parameters.values()
+    takes = {parameter.name: parameter for parameter in parameters}
+    for flag in sorted(given.keys() - takes.keys()):
+        known = ", ".join(f"--{own}" for own in takes)
+        raise DataError(f"{name} has no --{flag}; it takes {known}")
+    for flag, parameter in takes.items():
+        if parameter.default is parameter.empty and flag not in given:
+            raise DataError(f"{name} needs --{flag}")
+    return takes
 
 
 def main(argv=None):
     args, given = parse_args(argv)
-    takes = dict(list(inspect.signature(SETS[args.set]).parameters.items())[1:])  # less root
-    for flag in sorted(given.keys() - takes.keys()):
-        raise DataError(f"{args.set} has no --{flag}; it takes {', '.join('--' + name for name in takes)}")
-    for flag, parameter in takes.items():
-        if parameter.default is parameter.empty and flag not in given:
-            raise DataError(f"{args.set} needs --{flag}")
+    takes = check_flags(args.set, given)
     root, out = Path(args.root).resolve(), Path(args.out)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; --root should be where {args.set} lies")
     if out.is_dir():
-        raise DataError(f"{out}: is a folder; --out should be the manifest's own name, such as {out / 'manifest.json'}")
+        raise DataError(
+            f"{out}: is a folder; --out should be the manifest's own name, "
+            f"such as {out / 'manifest.json'}"
+        )
 
     listed = list(SETS[args.set](root, **given))
-    # Reasoning without its text or its word teaches nothing.
-    useless = [clip.stem for clip, target in listed if isinstance(target, tuple) and not all(target)]
-    if useless:
-        print(f"{len(useless)} of {len(listed)} entries left out, without a text or an emotion word: {few(useless)}")
-    clips = [(clip, target) for clip, target in listed if isinstance(target, str) or all(target)]
-    missing = [str(clip) for clip, _ in clips if not is_file(clip)]
-    if missing and not args.skip_missing:
-        raise DataError(f"{len(missing)} of {len(clips)} clips are missing: {few(missing)}; mend "
-                        f"--root{' or --videos' if 'videos' in takes else ''}, or leave them out with --skip-missing")
-    absent = set(missing)
-    clips = [(clip, target) for clip, target in clips if str(clip) not in absent]
+    mend = "--root or --videos" if "videos" in takes else "--root"
+    clips, missing = usable_clips(listed, args.skip_missing, mend)
     if not clips:
-        raise DataError(f"{root}: {len(listed)} clips are listed for {args.set}, none of them can be used")
+        raise DataError(
+            f"{root}: {len(listed)} clips are listed for {args.set}, none of them can be used"
+        )
 
     out.parent.mkdir(parents=True, exist_ok=True)
     # Real folders on both sides: ".." after a link leads to where the link points.
-    write_json(out, [entry_of(clip, target, args.question, out.parent.resolve()) for clip, target in clips])
+    folder = out.parent.resolve()
+    write_json(out, [entry_of(clip, target, args.question, folder) for clip, target in clips])
     for clip in missing:
         print(f"missing, left out: {clip}")
-    counts = Counter(target[1] if isinstance(target, tuple) else target for _, target in clips)
+    counts = Counter(answer_of(target) for _, target in clips)
+    # The most frequent first; of equals by name.
     for label, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
         print(f"{label:<14}{count:>6}")
     print(f"{'all':<14}{len(clips):>6}   {len(missing)} missing   written: {out}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -1,38 +1,76 @@
-"""The two verifiable rewards of R1-Omni: R = R_acc + R_format (paper, eq. 5), both 0 or 1, both rules on text.
+"""The two verifiable rewards of R1-Omni: R = R_acc + R_format (paper, eq. 5), both 0 or 1.
 
-A reward is a function (completion: str, label: str) -> float; `format_reward` needs no label. One of your own needs no change
-here: write it into a file beside your data and give `train_grpo.py --reward file:function` (see the README).
+Both are rules on text. A reward is a function (completion: str, label: str) -> float;
+`format_reward` needs no label. One of your own needs no change here: write it into a file in the
+folder you start from, and name file and function, `train_grpo.py --reward my_rewards:short`.
 """
 
 import re
-import string
+import unicodedata
 
-# The whole completion, so no text before, between or after; DOTALL because reasoning may run over several lines.
+# The whole completion: no text before, between or after. DOTALL: reasoning may run over lines.
 _FORMAT = re.compile(r"<think>.*</think>\s*<answer>.*</answer>", re.DOTALL)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
+# An answer that holds no other: of nested ones, the innermost.
+_ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
+
+# Invisible, though Unicode does not class them with the control and format characters: the
+# grapheme joiner, Hangul fillers, variation selectors.
+_FILLERS = {"\u034f", "\u115f", "\u1160", "\u3164", "\uffa0", *map(chr, range(0xFE00, 0xFE10))}
+
 
 def format_reward(completion):
-    """1.0 if the whole completion is <think>...</think><answer>...</answer> with each tag exactly once, else 0.0.
+    """1.0 if the whole completion is <think>...</think><answer>...</answer>, else 0.0.
 
-    White space may stand between the two parts, and nothing else anywhere outside them (paper, section 3.2)."""
-    return float(_FORMAT.fullmatch(completion) is not None and all(completion.count(tag) == 1 for tag in _TAGS))
-
-
-def extract_answer(completion):
-    """The answer in a completion, normalised: trimmed, lower case, no trailing punctuation.
-
-    It is the text inside the last <answer>...</answer>; a completion without such a pair is taken whole, so that
-    label-only models are scored by the same rule."""
-    inside = re.findall(r"<answer>((?:(?!</?answer>).)*)</answer>", completion, re.DOTALL)
-    return normalise(inside[-1] if inside else completion)
-
-
-def normalise(word):
-    """Trimmed, lower-cased, trailing punctuation dropped: " Happy. " -> "happy"."""
-    return word.strip().lower().rstrip(string.punctuation + string.whitespace)
+    Each tag stands there exactly once. White space may stand between the two parts, and nothing
+    else anywhere outside them (paper, section 3.2)."""
+    each_once = all(completion.count(tag) == 1 for tag in _TAGS)
+    return float(each_once and _FORMAT.fullmatch(completion) is not None)
 
 
 def accuracy_reward(completion, label):
-    """1.0 if the answer equals the label after normalisation, else 0.0 (paper, eq. 6)."""
-    return float(extract_answer(completion) == normalise(label))
+    """1.0 if the answer equals the label, both normalised, else 0.0 (paper, eq. 6).
+
+    An empty answer is never right."""
+    answer = extract_answer(completion)
+    return float(answer != "" and answer == normalise(label))
+
+
+def extract_answer(completion):
+    """The answer in a completion, normalised.
+
+    It is the text inside the last <answer>...</answer>; a completion without such a pair is taken
+    whole, so that label-only models are scored by the same rule."""
+    answers = _ANSWER.findall(completion)
+    return normalise(answers[-1] if answers else completion)
+
+
+def normalise(text):
+    """What of an answer is compared: " **Happy!** " -> "happy". Empty if nothing is left.
+
+    Ours, the paper has no such rule: one answer is written in many ways, and a group in which they
+    score differently teaches punctuation. So these do not count: case; what stands around the
+    words and is neither letter nor digit (punctuation of any alphabet, quotation marks, Markdown's
+    emphasis, emoji), but for the minus of a number; how wide or of how many parts a letter is
+    (NFKC); invisible characters; how much white space there is."""
+    text = "".join(c for c in text if c.isspace() or not _is_invisible(c))
+    text = unicodedata.normalize("NFKC", text).casefold()
+    text = unicodedata.normalize("NFKC", text)
+    words = [i for i, c in enumerate(text) if _kind(c) in "LN"]
+    if not words:
+        return ""
+    start, end = words[0], words[-1] + 1
+    while end < len(text) and _kind(text[end]) == "M":  # vowel signs and accents of the last letter
+        end += 1
+    is_negative = text[start].isdigit() and text[:start].endswith(("-", "\N{MINUS SIGN}"))
+    return "-" * is_negative + " ".join(text[start:end].split())
+
+
+def _kind(character):
+    """Unicode's class: L letter, N number, M mark on a letter, P punctuation, S symbol, ..."""
+    return unicodedata.category(character)[0]
+
+
+def _is_invisible(character):
+    return unicodedata.category(character) in ("Cc", "Cf") or character in _FILLERS

@@ -1,151 +1,147 @@
 """Text: the checkpoint's tokenizer and chat template, and BERT's tokenizer for the branch gate.
 
-    prompt_ids     = Tokenizer("checkpoint").prompt_ids(QUESTION_REASONING)   # with -201 video, -202 audio
+    tokenizer = Tokenizer("checkpoint")
+    prompt_ids = tokenizer.prompt_ids(QUESTION_REASONING)    # with -201 for video, -202 for audio
     bert_ids, mask = BertTokenizer("checkpoint")([QUESTION_REASONING])
+
+Files are read as transformers reads them, from any of its versions; where two of them say
+different things, the one counts that counts there.
 
 Shapes: B prompts, P prompt length, C completion length, L BERT length.
 """
 
+import contextlib
+import datetime
 import json
 import re
 import unicodedata
 from pathlib import Path
 
+import jinja2.ext
 import jinja2.sandbox
 import tokenizers
 import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from errors import foreign, limits, read_json, require
+from support.errors import DataError, read_json, read_text, require
 
-MAX_TEMPLATE = 256 << 20, 5, 100_000    # bytes, seconds, characters beside the question that a chat template may take
+# Placeholders in prompt ids; the model puts the media tokens there.
+VIDEO_TOKEN, AUDIO_TOKEN = -201, -202
+# Label of positions without loss, the default of torch's cross entropy.
+IGNORE = -100
 
-VIDEO_TOKEN, AUDIO_TOKEN = -201, -202   # placeholders in prompt ids; the model puts the media tokens there
-IGNORE = -100                           # label of positions without loss, the default of torch's cross entropy
+QUESTION_LABEL = (
+    "As an emotional recognition expert; throughout the video, which emotion conveyed by the "
+    "characters is the most obvious to you?"
+)
+QUESTION_REASONING = (
+    f"{QUESTION_LABEL}\nOutput the thinking process in <think> </think> and final emotion in "
+    "<answer> </answer> tags."
+)
 
-QUESTION_LABEL = ("As an emotional recognition expert; throughout the video, which emotion conveyed by the characters "
-                  "is the most obvious to you?")
-QUESTION_REASONING = (f"{QUESTION_LABEL}\nOutput the thinking process in <think> </think> and final emotion in "
-                      "<answer> </answer> tags.")
-
-MEDIA_TEXT = {"video_audio": "<vi_start><video><vi_end>\n<au_start><audio><au_end>\n",
-              "video": "<vi_start><video><vi_end>\n",
-              "audio": "<au_start><audio><au_end>\n",
-              "text": ""}
+MEDIA_TEXT = {
+    "video_audio": "<vi_start><video><vi_end>\n<au_start><audio><au_end>\n",
+    "video": "<vi_start><video><vi_end>\n",
+    "audio": "<au_start><audio><au_end>\n",
+    "text": "",
+}
 MODALITIES = tuple(MEDIA_TEXT)
-
-
-def _read_tokenizer(path):
-    """A tokenizer.json, without the padding and truncation that a saved one may bring along."""
-    return tokenizers.Tokenizer.from_str(json.dumps(read_json(path, {}) | {"padding": None, "truncation": None}))
-
-
-# How Qwen2 cuts text before merging bytes: contractions, words with the character before them, single digits,
-# runs of punctuation, line ends, white space.
-QWEN2_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-                 r"|\s+(?!\S)|\s+")
-
-
-def _build_qwen2(path, config):
-    """Qwen2's byte-level BPE from vocab.json and merges.txt, for checkpoints without a tokenizer.json."""
-    vocab, merges = path / "vocab.json", path / "merges.txt"
-    require(vocab.is_file() and merges.is_file(), f"{path}: has neither tokenizer.json nor vocab.json and merges.txt")
-    tokenizer = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(QWEN2_PATTERN), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    added = {number: {"content": text} for text, number in read_json(path / "added_tokens.json", {}).items()}
-    added |= {int(number): token for number, token in config.get("added_tokens_decoder", {}).items()}
-    for number, token in sorted(added.items()):     # in this order, as ids count on from the vocabulary's end
-        tokenizer.add_special_tokens([tokenizers.AddedToken(token["content"], normalized=False)])
-        require(tokenizer.token_to_id(token["content"]) == number,
-                 f"{path}: the added token {token['content']} does not get its id {number}")
-    return tokenizer
-
-
-class _Undefined(jinja2.Undefined):
-    """A name that the chat does not have may be asked about, as templates do, but not be printed as nothing."""
-    __str__ = jinja2.Undefined._fail_with_undefined_error
-
-
-def _read_template(path, config):
-    file = path / "chat_template.jinja"
-    source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
-    if isinstance(source, list):    # several named ones
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
-    require(source and isinstance(source, str), f"{path}: has no chat template, in tokenizer_config.json or chat_template.jinja")
-
-    def complain(message):          # templates do it with this
-        raise jinja2.TemplateError(str(message))
-
-    def refuse(context, operator, left, right):
-        raise jinja2.TemplateError(f"the operator {operator} is not for chats")     # one of it can take hours
-
-    # A template is a program that came with the checkpoint: it runs in a sandbox, and not for long.
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, undefined=_Undefined)
-    environment.intercepted_binops, environment.call_binop = frozenset(["**"]), refuse
-    environment.globals["raise_exception"] = complain
-    with limits(*MAX_TEMPLATE[:2]):
-        return environment.from_string(source)
 
 
 class Tokenizer:
     """The language model's tokenizer and chat template, from a checkpoint directory.
 
-    `<video>` and `<audio>` are cut out of the rendered chat and become VIDEO_TOKEN and AUDIO_TOKEN; the pieces
-    between them are tokenised on their own. `<vi_start>` and the like are ordinary text, as in the published model.
+    `<video>` and `<audio>` are cut out of the rendered chat and become VIDEO_TOKEN and AUDIO_TOKEN;
+    the pieces between them are tokenised on their own. `<vi_start>` and the like are ordinary text,
+    as in the published model.
+
+    eos_token_id   ends the answers that SFT teaches: <|im_end|>
+    eos_token_ids  tuple of all ids that end a completion: that one, and those that the checkpoint
+                   names in generation_config.json (or else config.json) and for its tokenizer
+    pad_token_id   fills rows up
+    ids            how many the model has to have
     """
 
     def __init__(self, path):
         self.path = path = Path(path)
-        self.prompts = {}       # question, modality -> ids
-        config, generation = (read_json(path / f"{name}_config.json", {}) for name in ("tokenizer", "generation"))
-        file = path / "tokenizer.json"
-        with foreign(path, "its tokenizer cannot be used"):
-            self.tokenizer = _read_tokenizer(file) if file.is_file() else _build_qwen2(path, config)
-            names = {name: config.get(name) or "" for name in ("bos_token", "eos_token", "pad_token")}
-            self.names = {name: text["content"] if isinstance(text, dict) else text for name, text in names.items()}
-            self.end_of_turn = self.tokenizer.token_to_id("<|im_end|>")
-            require(self.end_of_turn is not None, f"{path}: its tokenizer has no <|im_end|>, so it is not HumanOmni's")
-            eos, pad = (generation.get(name, self.tokenizer.token_to_id(self.names[name.removesuffix("_id")]))
-                        for name in ("eos_token_id", "pad_token_id"))
-            if isinstance(eos, list):       # several may end a text; training teaches the end of the turn
-                eos = self.end_of_turn if self.end_of_turn in eos else eos[0]
-            self.eos_token_id = self.end_of_turn if eos is None else eos
-            self.pad_token_id = self.eos_token_id if pad is None else pad
-            for number in (self.eos_token_id, self.pad_token_id):
-                require(type(number) is int and self.tokenizer.id_to_token(number) is not None,
-                         f"{path}/generation_config.json: eos_token_id and pad_token_id should be ids of tokens, not {number!r}")
-            self.ids = max(self.tokenizer.get_vocab().values()) + 1     # how many the model has to have
-        with foreign(path, "its chat template is not valid"):
-            self.template = _read_template(path, config)
+        config = read_json(path / "tokenizer_config.json", {})
+        self.special_tokens = _special_tokens(path, config)  # kind -> text
+        self.tokenizer = _read_language_tokenizer(path, config)
+        self.eos_token_id = self.tokenizer.token_to_id("<|im_end|>")
+        require(
+            self.eos_token_id is not None,
+            f"{path}: its tokenizer has no <|im_end|>, so it is not HumanOmni's",
+        )
+        self.ids = max(self.tokenizer.get_vocab().values()) + 1
+        self.eos_token_ids, self.pad_token_id = self._ends_and_padding()
+        self.template = _compile_template(path, _read_template(path, config))
+        self.prompts = {}  # (question, modality) -> ids
+
+    def _ends_and_padding(self):
+        generation = read_json(self.path / "generation_config.json", {})
+        named = generation.get("eos_token_id")
+        if named is None:
+            named = read_json(self.path / "config.json", {}).get("eos_token_id")
+        ends = named if isinstance(named, list) else [named]
+        if named is None:
+            ends = []
+        own_eos = self.tokenizer.token_to_id(self.special_tokens["eos_token"])
+        own_pad = self.tokenizer.token_to_id(self.special_tokens["pad_token"])
+        pads = [generation.get("pad_token_id"), own_pad, self.eos_token_id]
+        pad = next(number for number in pads if number is not None)
+        require(
+            named != [] and all(self._has_id(number) for number in (*ends, pad)),
+            f"{self.path}: eos_token_id and pad_token_id in generation_config.json (or "
+            f"config.json) should be ids of tokens, not {named!r} and {pad!r}",
+        )
+        if own_eos is not None:
+            ends = [*ends, own_eos]
+        return tuple(dict.fromkeys([self.eos_token_id, *ends])), pad
+
+    def _has_id(self, number):
+        in_range = type(number) is int and 0 <= number < self.ids
+        return in_range and self.tokenizer.id_to_token(number) is not None
 
     def encode(self, text):
         """Ids of a text without media; special tokens in it are single ids."""
-        with foreign(self.path, "its tokenizer cannot be used"):
+        with _as_fault_of(self.path):
             ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-            read, given = (unicodedata.normalize("NFC", t) for t in (self.tokenizer.decode(ids, skip_special_tokens=False), text))
-        require(read == given, f"{self.path}: its tokenizer loses a part of {text!r}; download it again")
+            read = self.tokenizer.decode(ids, skip_special_tokens=False)
+        require(
+            unicodedata.normalize("NFC", read) == unicodedata.normalize("NFC", text),
+            f"{self.path}: its tokenizer loses a part of {text!r}; download it again",
+        )
         return ids
 
     def render(self, question, modality="video_audio"):
-        """The chat as text, up to where the answer begins, with <video> and <audio> still in it."""
-        require(modality in MODALITIES, f"modality must be one of {', '.join(MODALITIES)}, not {modality!r}")
-        require("<video>" not in question and "<audio>" not in question,
-                 f"the question must not contain <video> or <audio>, they are added here: {question!r}")
+        """The chat as text, up to where the answer begins, with <video> and <audio> in it."""
+        require(
+            modality in MODALITIES,
+            f"modality must be one of {', '.join(MODALITIES)}, not {modality!r}",
+        )
+        require(
+            "<video>" not in question and "<audio>" not in question,
+            f"the question must not contain <video> or <audio>, they are added here: {question!r}",
+        )
+        require(
+            not re.search("[\ud800-\udfff]", question),
+            f"the question is no text in UTF-8: {question!r}",
+        )
         content = MEDIA_TEXT[modality] + question
-        with foreign(self.path, "its chat template cannot be rendered"), limits(*MAX_TEMPLATE[:2]):
-            text = self.template.render(messages=[{"role": "user", "content": content}], add_generation_prompt=True, **self.names)
-        markers = [text.count(marker) == content.count(marker) for marker in ("<video>", "<audio>")]
-        require(content.strip() in text and all(markers) and len(text) <= len(content) + MAX_TEMPLATE[2], f"{self.path}: its chat "
-                 f"template should repeat {content!r} once and add no more than {MAX_TEMPLATE[2]} characters, gives {text[:300]!r}")
+        text = _render(self.path, self.template, content, self.special_tokens)
+        repeated = content.strip() in text and all(
+            text.count(marker) == content.count(marker) for marker in ("<video>", "<audio>")
+        )
+        require(
+            repeated and len(text) <= len(content) + MAX_TEMPLATE,
+            f"{self.path}: its chat template should repeat {content!r} once and add no more than "
+            f"{MAX_TEMPLATE} characters, gives {text[:300]!r}",
+        )
         return text
 
     def prompt_ids(self, question, modality="video_audio"):
-        """Question -> list of P ids, one VIDEO_TOKEN and AUDIO_TOKEN among them as the modality says."""
-        if (question, modality) not in self.prompts:        # usually the same one all along
+        """Question -> list of P ids, with one VIDEO_TOKEN and AUDIO_TOKEN as the modality says."""
+        if (question, modality) not in self.prompts:  # usually the same one all along
             ids, media = [], {"<video>": VIDEO_TOKEN, "<audio>": AUDIO_TOKEN}
             for piece in re.split("(<video>|<audio>)", self.render(question, modality)):
                 ids += [media[piece]] if piece in media else self.encode(piece)
@@ -153,12 +149,11 @@ class Tokenizer:
         return list(self.prompts[question, modality])
 
     def sft_ids(self, question, answer, modality="video_audio"):
-        """Question and answer -> (ids, labels), lists of P + C; labels are IGNORE before the answer.
+        """Question, answer -> (ids, labels), lists of P + C; labels are IGNORE before the answer.
 
-        Prompt and answer are tokenised apart, so that the prompt has the very ids it has at inference.
-        """
+        Prompt and answer are tokenised apart: the prompt has the very ids it has at inference."""
         prompt = self.prompt_ids(question, modality)
-        completion = self.encode(answer) + [self.end_of_turn] + self.encode("\n")
+        completion = self.encode(answer) + [self.eos_token_id] + self.encode("\n")
         return prompt + completion, [IGNORE] * len(prompt) + completion
 
     def decode(self, ids):
@@ -167,35 +162,278 @@ class Tokenizer:
 
 
 class BertTokenizer:
-    """BERT's WordPiece for the branch gate, from tokenizer.json or vocab.txt in `path` or in its folder bert/."""
+    """BERT's WordPiece for the branch gate, from tokenizer.json or vocab.txt.
+
+    They lie in `path` or in its folder bert/.
+
+    ids     how many the model has to have
+    length  longest text in ids, the end cut off
+    """
 
     def __init__(self, path):
-        # bert/ first: a checkpoint's own tokenizer.json is the language model's.
-        self.path = path
-        with foreign(path, "its BERT vocabulary cannot be used"):
-            folders = [f for f in (Path(path) / "bert", Path(path)) if (f / "vocab.txt").is_file()
-                       or read_json(f / "tokenizer.json", {}).get("model", {}).get("type") == "WordPiece"]
-            require(folders, f"{path}: has no BERT vocabulary (tokenizer.json or vocab.txt, there or in its folder "
-                     "bert/); pass a BERT directory with --bert DIR")
-            self.path = folder = folders[0]
-            config = read_json(folder / "tokenizer_config.json", {})
-            if (folder / "tokenizer.json").is_file():
-                self.tokenizer = _read_tokenizer(folder / "tokenizer.json")
-            else:
-                vocab = models.WordPiece.read_file(str(folder / "vocab.txt"))
-                self.tokenizer = tokenizers.BertWordPieceTokenizer(vocab, lowercase=config.get("do_lower_case", True))
-            special = [self.tokenizer.token_to_id(token) for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]")]
-            require(None not in special, f"{folder}: its vocabulary is not BERT's, it lacks [PAD], [UNK], [CLS] or [SEP]")
-            positions = read_json(folder / "config.json", {}).get("max_position_embeddings", 512)
-            self.length = min(positions, config.get("model_max_length", 512))
+        self.path = folder = _bert_folder(Path(path))
+        config = read_json(folder / "tokenizer_config.json", {})
+        self.tokenizer = _read_bert_tokenizer(folder, config)
+        pad, _, start, end = (self.tokenizer.token_to_id(token) for token in BERT_TOKENS)
+        positions = read_json(folder / "config.json", {}).get("max_position_embeddings", 512)
+        longest = config.get("model_max_length", 512)
+        for number in (positions, longest):
+            require(
+                type(number) in (int, float) and number >= 3,
+                f"{folder}: max_position_embeddings in its config.json and model_max_length in its "
+                f"tokenizer_config.json should be numbers from 3 on, not {number!r}",
+            )
+        self.length = int(min(positions, longest, 2**20))
+        with _as_fault_of(folder):
             self.tokenizer.enable_truncation(self.length)
-            self.tokenizer.enable_padding(pad_id=special[0])
-            self.ids = max(self.tokenizer.get_vocab().values()) + 1
+            self.tokenizer.enable_padding(pad_id=pad)
+        self.ids = max(self.tokenizer.get_vocab().values()) + 1
         ids, _ = self(["a"])
-        require([ids[0, 0], ids[0, -1]] == special[2:], f"{folder}: its tokenizer does not put a text between [CLS] and [SEP], as BERT's does")
+        require(
+            ids.shape[1] > 2 and [ids[0, 0], ids[0, -1]] == [start, end],
+            f"{folder}: its tokenizer does not put a text between [CLS] and [SEP], as BERT's does",
+        )
 
     def __call__(self, questions):
-        """B questions -> input_ids, attention_mask, both (B, L) int64; cut to the model's length, padded to L."""
-        with foreign(self.path, "its BERT vocabulary cannot be used"):
+        """B questions -> input_ids, attention_mask, both (B, L) int64, padded to the longest."""
+        with _as_fault_of(self.path):
             encoded = self.tokenizer.encode_batch(list(questions))
-            return torch.tensor([e.ids for e in encoded]), torch.tensor([e.attention_mask for e in encoded])
+        ids, mask = [e.ids for e in encoded], [e.attention_mask for e in encoded]
+        return torch.tensor(ids), torch.tensor(mask)
+
+
+# ------------------------------------------------------------------------------------------------
+# Tokenizer files
+
+# How Qwen2 cuts text before merging bytes: contractions, words with the character before them,
+# single digits, runs of punctuation, line ends, white space.
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+
+
+@contextlib.contextmanager
+def _as_fault_of(path):
+    """What the tokenizers library cannot do with a file is one DataError that names it.
+
+    The library says so by bare Exceptions, and by panics, which are no Exceptions at all. A class
+    of its own, as TypeError, is a mistake of the program that calls it, and passes."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(
+            f"{path}: its tokenizer cannot be used ({type(error).__name__}: {error}); download it "
+            "again"
+        ) from error
+
+
+def _read_tokenizer(path):
+    """A tokenizer.json, without the padding and truncation that a saved one may bring along."""
+    content = read_json(path, {}) | {"padding": None, "truncation": None}
+    with _as_fault_of(path):
+        return tokenizers.Tokenizer.from_str(json.dumps(content))
+
+
+def _read_with(read, *files):
+    """What a function of the tokenizers library reads from files."""
+    for file in files:
+        read_text(file)  # a git-lfs pointer, and what is no text, is named for what it is
+    with _as_fault_of(" and ".join(map(str, files))):
+        return read(*map(str, files))
+
+
+def _read_language_tokenizer(path, config):
+    """tokenizer.json, or else Qwen2's byte-level BPE from vocab.json and merges.txt."""
+    if (path / "tokenizer.json").is_file():
+        return _read_tokenizer(path / "tokenizer.json")
+    vocab, merges = path / "vocab.json", path / "merges.txt"
+    require(
+        vocab.is_file() and merges.is_file(),
+        f"{path}: has neither tokenizer.json nor vocab.json and merges.txt",
+    )
+    tokenizer = tokenizers.Tokenizer(_read_with(models.BPE.from_file, vocab, merges))
+    tokenizer.normalizer = normalizers.NFC()
+    cut = pre_tokenizers.Split(tokenizers.Regex(QWEN2_PATTERN), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, to_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    for number, token in sorted(_added_tokens(path, config)):
+        # In this order, as ids count on from the vocabulary's end.
+        with _as_fault_of(path):
+            tokenizer.add_special_tokens([tokenizers.AddedToken(token, normalized=False)])
+        require(
+            tokenizer.token_to_id(token) == number,
+            f"{path}: the added token {token} does not get its id {number}",
+        )
+    return tokenizer
+
+
+def _added_tokens(path, config):
+    """[(id, text)] from tokenizer_config.json, or, in older checkpoints, added_tokens.json."""
+    file, added = path / "tokenizer_config.json", config.get("added_tokens_decoder")
+    try:
+        if added is None:
+            file = path / "added_tokens.json"
+            tokens = [(number, text) for text, number in read_json(file, {}).items()]
+        else:
+            tokens = [(int(number), token["content"]) for number, token in added.items()]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{file}: its added tokens are not ids and texts ({error!r})") from error
+    for number, text in tokens:
+        require(
+            type(number) is int and isinstance(text, str),
+            f"{file}: its added tokens should be ids and texts, not {number!r} and {text!r}",
+        )
+    return tokens
+
+
+def _special_tokens(path, config):
+    """Kind of token -> its text, "" where there is none, as a chat template may print them."""
+    older = read_json(path / "special_tokens_map.json", {})
+    tokens = {}
+    for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"):
+        token = config.get(f"{kind}_token", older.get(f"{kind}_token"))
+        if isinstance(token, dict):
+            token = token.get("content", token)
+        require(
+            token is None or isinstance(token, str),
+            f"{path}: the {kind}_token of its tokenizer should be a text, not {token!r}",
+        )
+        tokens[f"{kind}_token"] = token or ""
+    return tokens
+
+
+def _bert_folder(path):
+    """The folder with BERT's vocabulary: bert/, or the path itself.
+
+    In this order: a checkpoint's own tokenizer.json is the language model's."""
+    for folder in (path / "bert", path):
+        model = read_json(folder / "tokenizer.json", {}).get("model")
+        is_wordpiece = isinstance(model, dict) and model.get("type") == "WordPiece"
+        if is_wordpiece or (folder / "vocab.txt").is_file():
+            return folder
+    raise DataError(
+        f"{path}: has no BERT vocabulary (tokenizer.json or vocab.txt, there or in its folder "
+        "bert/); pass a BERT directory with --bert DIR"
+    )
+
+
+def _read_bert_tokenizer(folder, config):
+    tokenizer, lower = None, config.get("do_lower_case", True)
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = _read_tokenizer(folder / "tokenizer.json")
+        vocab = tokenizer.get_vocab()
+    else:
+        vocab = _read_with(models.WordPiece.read_file, folder / "vocab.txt")
+    require(
+        set(BERT_TOKENS) <= vocab.keys(),
+        f"{folder}: its vocabulary is not BERT's, it lacks one of {', '.join(BERT_TOKENS)}",
+    )
+    require(
+        type(lower) is bool,
+        f"{folder}/tokenizer_config.json: do_lower_case should be true or false, not {lower!r}",
+    )
+    if tokenizer is None:
+        tokenizer = tokenizers.BertWordPieceTokenizer(vocab, lowercase=lower)
+    return tokenizer
+
+
+# ------------------------------------------------------------------------------------------------
+# Chat templates: programs that come with a checkpoint, run in jinja2's sandbox
+
+MAX_TEMPLATE = 100_000  # characters that one may add to the question
+
+
+class _Undefined(jinja2.Undefined):
+    """What the chat does not have may be asked about, as templates do, but not be printed."""
+
+    __str__ = jinja2.Undefined._fail_with_undefined_error
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %}: marks what is the assistant's; here just text."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        return jinja2.nodes.Scope(body).set_lineno(line)
+
+
+def _raise_exception(message):
+    raise jinja2.TemplateError(str(message))
+
+
+def _strftime_now(form):
+    return datetime.datetime.now().strftime(form)
+
+
+def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    """jinja2's own writes < and > as \\u003c and \\u003e."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _read_template(path, config):
+    """The template's text, where transformers looks for it; of several, the default one."""
+    for name in ("additional_chat_templates/default.jinja", "chat_template.jinja"):
+        if (path / name).is_file():
+            return read_text(path / name)
+    source = config.get("chat_template")
+    if source is None:
+        source = read_json(path / "chat_template.json", {}).get("chat_template")
+    if isinstance(source, list):
+        named = [e for e in source if isinstance(e, dict) and e.get("name") == "default"]
+        source = named[-1].get("template") if named else None
+    require(
+        source and isinstance(source, str),
+        f"{path}: has no chat template, in tokenizer_config.json, chat_template.jinja or "
+        "chat_template.json",
+    )
+    return source
+
+
+def _compile_template(path, source):
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, jinja2.ext.loopcontrols],
+        undefined=_Undefined,
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    try:
+        return environment.from_string(source)
+    except Exception as error:  # jinja2's, or Python's on what jinja2 makes of it
+        raise _template_fault(path, "is not valid", error) from error
+
+
+def _render(path, template, content, special_tokens):
+    messages = [{"role": "user", "content": content}]
+    try:
+        return template.render(
+            messages=messages,
+            tools=None,
+            documents=None,
+            add_generation_prompt=True,
+            **special_tokens,
+        )
+    except Exception as error:  # a program raises anything
+        raise _template_fault(path, "cannot be rendered", error) from error
+
+
+def _template_fault(path, what, error):
+    return DataError(
+        f"{path}: its chat template {what} ({type(error).__name__}: {error}); download it again"
+    )

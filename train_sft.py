@@ -1,15 +1,17 @@
-"""Supervised fine-tuning: learn to write a manifest's answers. The paper's cold start (section 3.1), its label-only
-rival MAFW-DFEW-SFT, and the toy's base model are all this script with other data.
+"""Supervised fine-tuning: learn to write a manifest's answers. The cold start (paper, section 3.1),
+its label-only rival MAFW-DFEW-SFT, and the toy's base model are all this script with other data.
 
     python train_sft.py --model DIR --data emer.json --out runs/cold_start --preset paper
-    python train_sft.py --model DIR --data dfew.json mafw.json --out runs/labels --preset paper --question label --epochs 1 --batch-size 128
+    python train_sft.py --model DIR --data dfew.json mafw.json --out runs/labels --preset paper \
+                        --question label --epochs 1 --batch-size 128
 
-Each answer's tokens, and the end-of-turn behind them, are predicted from the clip and the question; the loss is their
-mean negative log-likelihood. What trains: language model, projectors and gate; with --train-towers the SigLIP and
-Whisper towers too (only a model made from nothing needs that). BERT never trains.
+Each answer's tokens, and the end-of-turn behind them, are predicted from the clip and the question;
+the loss is their mean negative log-likelihood. What trains: language model, projectors and gate;
+with --train-towers the SigLIP and Whisper towers too (only a model made from nothing needs that).
+BERT never trains.
 
-Writes to --out: the checkpoint in the published layout, and metrics.jsonl. Until it is finished a run lives beside that,
-in OUT.run; stopped by whatever, the same command goes on with it.
+Writes to --out: the checkpoint in the published layout, and metrics.jsonl. Until it is finished a
+run lives beside that, in OUT.run; stopped by whatever, the same command goes on with it.
 """
 
 import math
@@ -19,68 +21,74 @@ from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
-from checkpoint import Run, TrainingFlags, all_finite, input_files, make_room
-from common import clips_of, compute, compute_dtype, encode_clips, flag, load, parse_flags, question_inputs, read_examples, run
-from data import batches
-from distributed import RANK, add, add_gradients, first, own, share
-from errors import DataError
+import data
 from grpo import chunked_logps
+from support.clock import lap, timed
+from support.errors import DataError
+from support.flags import flag, load, parse_flags, read_examples, run_script
+from support.optimizer import Optimizer, set_trainable
+from support.precision import autocast
+from support.ranks import on_first_rank, share_of_rank, sum_over_ranks
+from support.run import Run, TrainingFlags, check_room, input_files, input_paths, make_room
 
-PRESETS = {"paper": dict(save_every=50, epochs=5.0, steps=0, batch_size=16, lr=2e-5, clip_norm=1.0)}
+PAPER = {"epochs": 5.0, "batch_size": 16, "lr": 2e-5, "clip_norm": 1.0, "save_every": 50}
 
 
 @dataclass
 class Config(TrainingFlags):
-    question: str = flag("manifest", "manifest (each entry's own), reasoning, label, or the text of a question")
+    question: str = flag("manifest", "manifest (each entry's own), reasoning, label, or a text")
     out: str = flag("runs/sft", "where the checkpoint and metrics.jsonl are written")
-    preset: str = flag("none", "paper: the published cold start's epochs, batch size and learning rate", choices=("none", "paper"))
-    epochs: float = flag(5.0, "passes over the data")
+    preset: str = flag("none", "paper: the published cold start's", choices=("none", "paper"))
+    epochs: float = flag(5.0, "passes over the data", least=0)
     steps: int = flag(0, "optimizer steps, instead of --epochs", least=0)
     batch_size: int = flag(16, "examples per optimizer step", least=1)
-    micro_batch: int = flag(0, "examples per forward pass, to save memory; 0: the whole batch", least=0)
-    lr: float = flag(2e-5, "peak learning rate: 3 % linear warm-up, then cosine to 0")
-    clip_norm: float = flag(1.0, "largest gradient norm")
+    micro_batch: int = flag(0, "examples per forward pass; 0: the whole batch", least=0)
+    lr: float = flag(2e-5, "peak learning rate: 3 % linear warm-up, then cosine to 0", above=0)
+    clip_norm: float = flag(1.0, "largest gradient norm", above=0)
     train_towers: bool = flag(False, "train the vision and audio towers too")
 
 
-def set_trainable(model, towers=False):
-    """Freeze BERT, and the towers unless they are to train; returns name -> parameter of what trains."""
-    frozen = [model.bert_model] if towers else [model.bert_model, model.vision_tower, model.audio_tower]
-    model.requires_grad_(True)
-    for encoder in frozen:
-        encoder.requires_grad_(False)
-        encoder.to(compute_dtype(model.device))  # float32 is for what takes small steps
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def move_moments(optimizer, device):
-    """AdamW's moments to a device: to the GPU for a step, and away where another phase needs the room more."""
-    for state in optimizer.state.values():
-        state.update({name: tensor.to(device) for name, tensor in state.items() if tensor.dim()})
-
-
-def data_order(n, epochs, seed):
-    """Indices of `epochs` (whole or not) passes over n examples, each pass in an order of its own."""
-    order = []
-    for epoch in range(math.ceil(epochs)):
-        order += torch.randperm(n, generator=torch.Generator().manual_seed(1000 * seed + epoch)).tolist()
-    return order[:round(epochs * n)]
-
-
 def sft_loss(model, rows, answer_ids, num_tokens):
-    """Sum of -log p over the answers' tokens, divided by num_tokens (those of the whole batch, over all its parts).
+    """Sum of -log p over the answers' tokens, divided by num_tokens: those of the whole batch, over
+    all its parts.
 
-    rows: list of (L_i, D), prompt and answer embedded; answer_ids: list of (C_i,), the ids at the end of each row."""
-    hidden = model(pad_sequence(rows, batch_first=True))  # padding stands on the right, where causal attention does not look
-    # The state before a token predicts it: for C answer tokens at the end, states L-C-1 .. L-2.
-    states = [h[len(row) - len(ids) - 1:len(row) - 1] for h, row, ids in zip(hidden, rows, answer_ids)]
+    rows: list of (L_i, D), prompt and answer embedded; answer_ids: list of (C_i,), the ids at the
+    end of each row."""
+    # Padding stands on the right, where causal attention does not look.
+    hidden = model(pad_sequence(rows, batch_first=True))
+    states = []
+    for h, row, ids in zip(hidden, rows, answer_ids):
+        # The state before a token predicts it: for C answer tokens at the end, L-C-1 .. L-2.
+        states.append(h[len(row) - len(ids) - 1 : len(row) - 1])
     return -chunked_logps(model, torch.cat(states), torch.cat(answer_ids)).sum() / num_tokens
 
 
+@timed("backward")
+def add_gradients(omni, clips, items, config):
+    """Loss and gradient, a few examples at a time -> metrics of the whole batch, on all ranks."""
+    examples = [clips.examples[item["index"]] for item in items]
+    targets = [omni.tokenizer.sft_ids(e.question, e.answer, e.modality) for e in examples]
+    prompt_ids = [ids for ids, _ in targets]
+    answers = [torch.tensor([x for x in labels if x >= 0]) for _, labels in targets]
+    answers = [answer.to(omni.model.device) for answer in answers]
+    # One count for all parts and ranks: their losses and gradients then add up.
+    num_tokens = sum_over_ranks({"tokens": sum(map(len, answers))})["tokens"]
+    size = config.micro_batch or config.batch_size
+    loss = 0.0
+    for start in range(0, len(items), size):
+        part = slice(start, start + size)
+        with autocast(omni.model):
+            batch = data.encode(omni, clips, items[part], prompt_ids[part])
+            rows = data.embed(omni.model, batch)
+            part_loss = sft_loss(omni.model, rows, answers[part], num_tokens)
+        part_loss.backward()
+        loss += part_loss.item()
+    return sum_over_ranks({"loss": loss})
+
+
 def cosine(step, steps, warmup=0.03):
-    """Learning rate at `step` of `steps`, as a share of its peak."""
+    """Learning rate at `step` (from 0) of `steps`, as a share of its peak."""
     warm = max(1, round(warmup * steps))
     if step < warm:
         return (step + 1) / warm
@@ -88,79 +96,53 @@ def cosine(step, steps, warmup=0.03):
 
 
 def main(argv=None):
-    config = parse_flags(Config, __doc__, argv, PRESETS)
+    config = parse_flags(Config, __doc__, argv, {"paper": PAPER})
     if not config.model or not config.data:
         raise DataError("needs --model DIR and --data MANIFEST")
-    model, tokenizer, bert = load(config)
+    on_first_rank(lambda: check_room(config.out, input_paths(config)))
+    omni = load(config)
     examples = read_examples(config.data, config)
-    epochs = config.epochs if not config.steps else config.steps * config.batch_size / len(examples)
-    order = data_order(len(examples), epochs, config.seed)
-    steps = math.ceil(len(order) / config.batch_size)
-    if not order:
+    wanted = config.steps * config.batch_size or round(config.epochs * len(examples))
+    steps = math.ceil(wanted / config.batch_size)
+    if not steps:
         raise DataError("nothing to train: --epochs is too small, and no --steps are given")
-    order, own_size = share(order, config.batch_size, "--batch-size")
-    parameters = set_trainable(model, config.train_towers)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=0.0, fused=True)
+    order = data.data_order(len(examples), wanted, config.seed)
+    order, own_size = share_of_rank(order, config.batch_size, "--batch-size")
     run = Run(f"{config.out}.run", config, input_files(config))
-    run.track(parameters, optimizer)
-    resting = "cpu" if config.offload_optimizer else model.device  # where AdamW's moments are between steps
-    move_moments(optimizer, resting)
-    decoded = batches(clips_of(model, examples, config.fit), order, own_size, config.workers, start=run.step,
-                      skip_log=own(run.folder / "skipped.txt") if config.on_bad_clip == "skip" else None)
+    optimizer = Optimizer(set_trainable(omni.model, config.train_towers), config, run.folder)
+    run.track(optimizer.parameters, optimizer.adamw)
+    optimizer.rest()
+    clips = data.clips_of(omni.model, examples, config.fit, keep=not config.train_towers)
+    skip_log = run.skip_log("skipped.txt")
+    batches = data.batches(clips, order, own_size, config.workers, skip_log, start=run.step)
     nothing_left = run.step == steps
-    with tqdm(total=steps, initial=run.step, desc=f"sft {Path(config.out).name}", unit="step", disable=RANK > 0) as progress:
-        for step in run.steps(steps):
-            clips = next(decoded, [])
-            batch = [examples[clip["index"]] for clip in clips]
-            targets = [tokenizer.sft_ids(e.question, e.answer, e.modality) for e in batch]  # (ids, labels) each
-            answers = [torch.tensor([label for label in labels if label >= 0], device=model.device) for _, labels in targets]
-            num_tokens = add({"tokens": sum(map(len, answers))})["tokens"]  # of all ranks: the parts' losses then add up
-            if not num_tokens:  # all of the batch's clips are bad
-                continue
-            loss = 0.0
-            size = config.micro_batch or config.batch_size
-            for start in range(0, len(batch), size):
-                part = slice(start, start + size)
-                with compute(model):
-                    features = encode_clips(model, clips[part])
-                    rows = model.embed_prompts([ids for ids, _ in targets[part]], *features, *question_inputs(model, bert, batch[part]))
-                    part_loss = sft_loss(model, rows, answers[part], num_tokens)
-                part_loss.backward()
-                loss += part_loss.item()
-            add_gradients(parameters.values())
-            loss = add({"loss": loss})["loss"]
-            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm).item()
-            lr = config.lr * cosine(step - 1, steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            good = all_finite({"loss": loss, "gradient norm": norm}, own(run.folder / f"nonfinite_{step:06}.json"),
-                              {"step": step, "examples": batch}, config.skip_nonfinite)
-            if good:
-                move_moments(optimizer, model.device)
-                optimizer.step()
-            optimizer.zero_grad()
-            move_moments(optimizer, resting)
-            run.log({"step": step, "loss": loss, "grad_norm": norm, "lr": lr, "steps_left_out": int(not good)})
-            progress.update()
 
-    first(lambda: place_checkpoint(config, run.folder, model, nothing_left))
+    for step, items in run.steps(batches, steps, f"sft {Path(config.out).name}"):
+        metrics = add_gradients(omni, clips, items, config)
+        lr = config.lr * cosine(step - 1, steps)
+        story = {"step": step, "examples": [clips.examples[item["index"]] for item in items]}
+        metrics |= optimizer.step(lr, metrics, story)
+        run.log({"step": step, **metrics, **lap()}, ["loss"])
+
+    on_first_rank(lambda: place_checkpoint(config, run.folder, omni.model, nothing_left))
     run.finish()
-    first(lambda: shutil.rmtree(run.folder))
-    print(f"loss {run.metrics[0]['loss']:.3f} -> {run.metrics[-1]['loss']:.3f}; checkpoint in {config.out}")
+    on_first_rank(lambda: shutil.rmtree(run.folder))
+    losses = [line["loss"] for line in run.metrics]
+    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; checkpoint in {config.out}")
 
 
 def place_checkpoint(config, folder, model, nothing_left):
-    """Make the checkpoint ready in the run's folder, and move it to its place whole; unless an earlier process, which was killed
-    right after, has done so."""
-    placed = Path(config.out) / "metrics.jsonl"
-    if nothing_left and placed.exists() and placed.read_bytes() == (folder / "metrics.jsonl").read_bytes():
+    """Make the checkpoint ready in the run's folder, and move it to its place whole; unless an
+    earlier process, which was killed right after, has done so."""
+    placed, metrics = Path(config.out) / "metrics.jsonl", folder / "metrics.jsonl"
+    if nothing_left and placed.exists() and placed.read_bytes() == metrics.read_bytes():
         return
-    model.save_pretrained(folder / "checkpoint", getattr(torch, config.save_dtype))
-    for file in (folder / "metrics.jsonl", *folder.glob("*.txt"), *folder.glob("nonfinite_*.json")):
-        shutil.copy(file, folder / "checkpoint")
-    out = make_room(config.out)
-    (folder / "checkpoint").rename(out)
+    checkpoint = folder / "checkpoint"
+    model.save_pretrained(checkpoint, getattr(torch, config.save_dtype))
+    for file in (metrics, *folder.glob("*.txt"), *folder.glob("nonfinite_*.json")):
+        shutil.copy(file, checkpoint)
+    checkpoint.rename(make_room(config.out, input_paths(config)))
 
 
 if __name__ == "__main__":
-    run(main, ("a smaller --micro-batch",))
+    run_script(main, "a smaller --micro-batch")

@@ -1,9 +1,10 @@
-"""grpo.py and rewards.py in another project: a language model of one GRU layer learns which emotion a cue stands for.
+"""GRPO in another project: a tiny language model learns which emotion each of three words means.
 
-    python examples/lift_grpo.py
+    python examples/lift_grpo.py        a few seconds
 
-Only those two files are needed; copy them. What completion_logps asks of a model fits anything causal: here "the keys
-and values of the prompt" are the GRU's state after the prompt, which the G completions then share.
+Rewards are all it gets. grpo.py and rewards.py are all it needs: copy these two files to yours.
+completion_logps asks little of a model, as this GRU shows: "keys and values of the prompt" may be
+its state after the prompt. B prompts · G completions each · P, C their lengths · D width
 """
 
 import sys
@@ -12,67 +13,77 @@ from pathlib import Path
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # not needed once the two files lie beside this one
-from grpo import completion_logps, completion_mask, group_advantages, grpo_loss  # noqa: E402
-from rewards import accuracy_reward, format_reward  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent.parent))  # not needed beside the two files
+from grpo import completion_logps, completion_mask, group_advantages, grpo_loss
+from rewards import accuracy_reward, format_reward
 
-WORDS = ["smile", "frown", "glare", "happy", "sad", "angry", "<think>", "</think>", "<answer>", "</answer>", "<eos>"]
-LABELS = {"smile": "happy", "frown": "sad", "glare": "angry"}
+CUES, LABELS = ["smile", "frown", "glare"], ["happy", "sad", "angry"]
+WORDS = [*CUES, *LABELS, "<think>", "</think>", "<answer>", "</answer>", "<eos>"]
+EOS = WORDS.index("<eos>")
 
 
 class TinyLM(nn.Module):
-    def __init__(self, width=48):
+    def __init__(self, D=48):
         super().__init__()
-        self.embed_tokens = nn.Embedding(len(WORDS), width)
-        self.gru = nn.GRU(width, width, batch_first=True)
-        self.logits = nn.Linear(width, len(WORDS))
+        self.embed_tokens = nn.Embedding(len(WORDS), D)
+        self.gru = nn.GRU(D, D, batch_first=True)
+        self.logits = nn.Linear(D, len(WORDS))
 
-    def forward(self, embeds, past=None, return_kv=False):
-        """(R, L, D) -> (R, L, D); past: the state after one prompt, shared by the R rows."""
-        hidden, state = self.gru(embeds, None if past is None else past.expand(-1, len(embeds), -1).contiguous())
+    def forward(self, embeds, past=None, rows=None, return_kv=False):
+        """(R, L, D) -> (R, L, D). past (1, B, D): states of B prompts; row i follows rows[i]."""
+        hidden, state = self.gru(embeds, past if rows is None else past[:, rows])
         return (hidden, state) if return_kv else hidden
 
     @torch.no_grad()
-    def sample(self, prompt, G, steps):
-        """(1, P, D) -> ids (G, steps)."""
-        hidden, state = self(prompt, return_kv=True)
-        hidden, ids = hidden[:, -1:].expand(G, -1, -1), []
-        for _ in range(steps):
-            ids.append(torch.multinomial(self.logits(hidden[:, -1]).softmax(-1), 1))
-            hidden, state = self(self.embed_tokens(ids[-1]), state, return_kv=True)
-        return torch.cat(ids, dim=1)
+    def sample(self, prompts, G, C):
+        """(B, P, D) -> ids (B, G, C)."""
+        hidden, state = self(prompts.repeat_interleave(G, dim=0), return_kv=True)
+        ids = []
+        for _ in range(C):
+            ids.append(self.logits(hidden[:, -1]).softmax(-1).multinomial(1))  # (B*G, 1)
+            hidden, state = self(self.embed_tokens(ids[-1]), past=state, return_kv=True)
+        return torch.cat(ids, dim=1).view(-1, G, C)
 
 
-def text_of(ids):
-    words = [WORDS[i] for i in ids.tolist()]
-    return " ".join(words[:words.index("<eos>")]) if "<eos>" in words else ""
+def reward(ids, label):
+    """1 for the format, 1 for the emotion; a completion that does not end gets neither."""
+    words = [WORDS[i] for i in ids]
+    text = " ".join(words[: words.index("<eos>")]) if "<eos>" in words else ""
+    return format_reward(text) + accuracy_reward(text, label)
 
 
-def main(updates=80, G=16, steps=8, seed=0):
+def main(updates=80, G=16, C=8, seed=0):
     torch.manual_seed(seed)
     model = TinyLM()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    embed = lambda word: model.embed_tokens(torch.tensor([[WORDS.index(word)]]))  # noqa: E731
-    for _ in range(60):  # the cold start: the format, with any word as the answer
-        for cue in LABELS:
-            word = WORDS[3 + int(torch.randint(3, ()))]
-            target = torch.tensor([[WORDS.index(w) for w in f"<think> {cue} </think> <answer> {word} </answer> <eos>".split()]])
-            (-completion_logps(model, embed(cue), target).mean() / len(LABELS)).backward()
+    cues = torch.tensor([[WORDS.index(cue)] for cue in CUES])  # (B, P): prompts of one word
+
+    for _ in range(60):  # the cold start: it imitates the format, with any emotion as the answer
+        guesses = [LABELS[i] for i in torch.randint(3, (3,))]
+        form = "<think> {} </think> <answer> {} </answer> <eos>"
+        words = [form.format(*pair).split() for pair in zip(CUES, guesses)]
+        ids = torch.tensor([[[WORDS.index(word) for word in row]] for row in words])  # (B, 1, C)
+        (-completion_logps(model, model.embed_tokens(cues), ids).mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
+
     history = []
-    for update in range(1, updates + 1):  # GRPO, numbered as in grpo.py; no reference, so no KL
-        for cue, label in LABELS.items():
-            ids = model.sample(embed(cue), G, steps)  # 1
-            rewards = torch.tensor([[accuracy_reward(text_of(row), label) + format_reward(text_of(row)) for row in ids]])  # 2
-            logps = completion_logps(model, embed(cue), ids)  # 3
-            loss, _ = grpo_loss(logps, None, None, group_advantages(rewards), completion_mask(ids, WORDS.index("<eos>")), beta=0.0)  # 4, 6
-            (loss / len(LABELS)).backward()
-            history.append(rewards.mean().item())
+    for update in range(1, updates + 1):  # GRPO, numbered as in grpo.py; no reference, so no KL (5)
+        prompts = model.embed_tokens(cues)  # (B, P, D)
+        ids = model.sample(prompts, G, C)  # 1. (B, G, C)
+        mask = completion_mask(ids, EOS)
+        rewards = [[reward(row, label) for row in g] for g, label in zip(ids.tolist(), LABELS)]
+        rewards = torch.tensor(rewards)  # 2. (B, G)
+        logps = completion_logps(model, prompts, ids, mask)  # 3. (B, G, C)
+        advantages = group_advantages(rewards)  # 4. (B, G)
+        loss, _ = grpo_loss(logps, None, None, advantages, mask, beta=0.0)  # 6.
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        history.append(rewards.mean().item())
         if update % 20 == 0 or update == 1:
-            print(f"update {update:3}  mean reward {sum(history[-3:]) / 3:.2f} of 2   {cue} -> {text_of(ids[0])}")
+            said = " ".join(WORDS[i] for i in ids[0, 0])
+            print(f"update {update:3}  mean reward {history[-1]:.2f} of 2   smile -> {said}")
     return history
 
 

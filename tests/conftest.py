@@ -21,6 +21,7 @@ def checkpoint():
 @pytest.fixture
 def model(checkpoint):
     from model import HumanOmni
+
     return HumanOmni.from_pretrained(checkpoint)
 
 
@@ -39,8 +40,14 @@ def prompts(model, expected):
     """(2, P, D): the two golden prompts, embedded."""
     with torch.no_grad():
         features = model.encode(expected["pixel_values"], expected["input_features"])
-        return torch.stack(model.embed_prompts(expected["prompt_ids"].tolist(), *features, expected["bert_input_ids"],
-                                               expected["bert_attention_mask"]))
+        return torch.stack(
+            model.embed_prompts(
+                expected["prompt_ids"].tolist(),
+                *features,
+                expected["bert_input_ids"],
+                expected["bert_attention_mask"],
+            )
+        )
 
 
 def relative_error(value, reference):
@@ -51,12 +58,46 @@ def relative_error(value, reference):
 
 def small_llm_config(**changes):
     """Configurations of a model of the published architecture with very small numbers, for tests that need their own."""
-    llm = dict(model_type="HumanOmni_qwen2", mm_projector_type="all_in_one_small", mm_audio_projector_type="mlp2x_gelu",
-               hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-               rms_norm_eps=1e-6, rope_theta=1e6, vocab_size=24, tie_word_embeddings=True, num_frames=2)
-    siglip = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=8,
-                  layer_norm_eps=1e-6)
-    whisper = dict(d_model=8, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=16, num_mel_bins=8, max_source_positions=9)
-    bert = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=20,
-                max_position_embeddings=16, type_vocab_size=2, layer_norm_eps=1e-12)
+    llm = dict(
+        model_type="HumanOmni_qwen2",
+        mm_projector_type="all_in_one_small",
+        mm_audio_projector_type="mlp2x_gelu",
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        vocab_size=24,
+        tie_word_embeddings=True,
+        num_frames=2,
+    )
+    siglip = dict(
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=32,
+        patch_size=8,
+        layer_norm_eps=1e-6,
+    )
+    whisper = dict(
+        d_model=8,
+        encoder_layers=1,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        num_mel_bins=8,
+        max_source_positions=9,
+    )
+    bert = dict(
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        vocab_size=20,
+        max_position_embeddings=16,
+        type_vocab_size=2,
+        layer_norm_eps=1e-12,
+    )
     return {"llm": {**llm, **changes}, "siglip": siglip, "whisper": whisper, "bert": bert}

@@ -12,23 +12,26 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
-import distributed
+from support import ranks as distributed
 import train_grpo
 import train_sft
 
 EOS = 317
-COMPLETIONS = torch.tensor([  # of 4 prompts, 2 each: the odd ones', which rank 1 of 2 gets, are much longer
-    [[5, EOS, EOS, EOS, EOS, EOS, EOS], [EOS, EOS, EOS, EOS, EOS, EOS, EOS]],
-    [[9, 8, 7, 6, 5, 4, 3], [70, 71, 72, 73, 74, EOS, EOS]],
-    [[11, 12, EOS, EOS, EOS, EOS, EOS], [13, 14, EOS, EOS, EOS, EOS, EOS]],
-    [[40, 41, 42, 43, 44, 45, EOS], [50, 51, 52, 53, 54, 55, 56]]])
+COMPLETIONS = torch.tensor(
+    [  # of 4 prompts, 2 each: the odd ones', which rank 1 of 2 gets, are much longer
+        [[5, EOS, EOS, EOS, EOS, EOS, EOS], [EOS, EOS, EOS, EOS, EOS, EOS, EOS]],
+        [[9, 8, 7, 6, 5, 4, 3], [70, 71, 72, 73, 74, EOS, EOS]],
+        [[11, 12, EOS, EOS, EOS, EOS, EOS], [13, 14, EOS, EOS, EOS, EOS, EOS]],
+        [[40, 41, 42, 43, 44, 45, EOS], [50, 51, 52, 53, 54, 55, 56]],
+    ]
+)
 
 
 class GivenCompletions(train_grpo.Sampler):
     def __call__(self, prompts, seed=None):
-        ids = COMPLETIONS[distributed.RANK::distributed.WORLD]
+        ids = COMPLETIONS[distributed.RANK :: distributed.WORLD]
         longest = int((ids != EOS).sum(-1).max())
-        ids = ids[:, :, :longest + 1]  # as the sampler does it, each rank has a C of its own
+        ids = ids[:, :, : longest + 1]  # as the sampler does it, each rank has a C of its own
         return ids, torch.full(ids.shape, -5.0)
 
 
@@ -43,7 +46,10 @@ def main():
     def keep_gradients(self, *args, **more):
         parameters = [p for group in self.param_groups for p in group["params"]]
         if distributed.RANK == 0 and not Path(file).exists():
-            save_file({f"{i:03}": p.grad.clone() for i, p in enumerate(parameters) if p.grad is not None}, file)
+            save_file(
+                {f"{i:03}": p.grad.clone() for i, p in enumerate(parameters) if p.grad is not None},
+                file,
+            )
         return step(self, *args, **more)
 
     torch.optim.AdamW.step = keep_gradients

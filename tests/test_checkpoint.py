@@ -33,22 +33,80 @@ def workplace(tmp_path, monkeypatch):
     """A folder with a manifest and a reward that tells random completions apart, so that weights move."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "more_rewards", raising=False)
-    entries = [{"video": str(GOLDEN / "media" / f"clip{'16k' * (i % 2)}.mp4"),
-                "conversations": [{"from": "human", "value": f"<video>\n<audio>\n{QUESTION_REASONING}"},
-                                  {"from": "gpt", "value": ["happy", "sad", "angry"][i % 3]}]} for i in range(6)]
+    entries = [
+        {
+            "video": str(GOLDEN / "media" / f"clip{'16k' * (i % 2)}.mp4"),
+            "conversations": [
+                {"from": "human", "value": f"<video>\n<audio>\n{QUESTION_REASONING}"},
+                {"from": "gpt", "value": ["happy", "sad", "angry"][i % 3]},
+            ],
+        }
+        for i in range(6)
+    ]
     Path("manifest.json").write_text(json.dumps(entries))
-    Path("more_rewards.py").write_text("def variety(completion, label):\n    return len(set(completion)) / 10\n")
+    Path("more_rewards.py").write_text(
+        "def variety(completion, label):\n    return len(set(completion)) / 10\n"
+    )
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield tmp_path
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
-GRPO = (train_grpo.main, ["--model", CHECKPOINT, "--data", "manifest.json", "--val", "manifest.json", "--updates", "6", "--prompts", "2", "--group", "3",
-                          "--max-new-tokens", "6", "--lr", "1e-3", "--val-every", "3", "--save-every", "2", "--show-every", "0", "--workers", "1",
-                          "--reward", "more_rewards:variety", "--save-dtype", "float32"])
-SFT = (train_sft.main, ["--model", CHECKPOINT, "--data", "manifest.json", "--steps", "8", "--batch-size", "2", "--lr", "1e-3", "--save-every", "2",
-                        "--workers", "1", "--save-dtype", "float32"])
+GRPO = (
+    train_grpo.main,
+    [
+        "--model",
+        CHECKPOINT,
+        "--data",
+        "manifest.json",
+        "--val",
+        "manifest.json",
+        "--updates",
+        "6",
+        "--prompts",
+        "2",
+        "--group",
+        "3",
+        "--max-new-tokens",
+        "6",
+        "--lr",
+        "1e-3",
+        "--val-every",
+        "3",
+        "--save-every",
+        "2",
+        "--show-every",
+        "0",
+        "--workers",
+        "1",
+        "--reward",
+        "more_rewards:variety",
+        "--save-dtype",
+        "float32",
+    ],
+)
+SFT = (
+    train_sft.main,
+    [
+        "--model",
+        CHECKPOINT,
+        "--data",
+        "manifest.json",
+        "--steps",
+        "8",
+        "--batch-size",
+        "2",
+        "--lr",
+        "1e-3",
+        "--save-every",
+        "2",
+        "--workers",
+        "1",
+        "--save-dtype",
+        "float32",
+    ],
+)
 
 
 def child(script, out, *more, prepare=lambda: None):
@@ -76,7 +134,9 @@ def result(out):
     """All that a run leaves, times aside: metrics and weights."""
     header, *lines = map(json.loads, (Path(out) / "metrics.jsonl").read_text().splitlines())
     lines = [{key: value for key, value in line.items() if "second" not in key} for line in lines]
-    weights = {file.relative_to(out): load_file(file) for file in Path(out).rglob("model.safetensors")}
+    weights = {
+        file.relative_to(out): load_file(file) for file in Path(out).rglob("model.safetensors")
+    }
     return lines, weights
 
 
@@ -86,7 +146,9 @@ def assert_same(a, b):
     assert weights.keys() == expected_weights.keys() and weights
     for file, tensors in weights.items():
         assert tensors.keys() == expected_weights[file].keys()
-        assert all(torch.equal(tensor, expected_weights[file][name]) for name, tensor in tensors.items())
+        assert all(
+            torch.equal(tensor, expected_weights[file][name]) for name, tensor in tensors.items()
+        )
 
 
 def kill_at(name, call, owner=None):
@@ -106,13 +168,31 @@ def kill_at(name, call, owner=None):
             os.kill(os.getpid(), signal.SIGKILL)
 
         setattr(owner, name, deadly)
+
     return prepare
 
 
 # Where a process dies: in which of its own calls. Each goes on where the one before it had saved. GRPO saves its state at the
 # start, after the first evaluation, and after updates 2, 4 and 6; SFT at the start and after steps 2, 4, 6 and 8.
-MOMENTS = {"grpo": [("save_file", 1), ("save_file", 2), ("save_file", 3), ("sync", 1), ("sync", 2), ("save_file", 1), ("sync", 2)],
-           "sft": [("save_file", 1), ("save_file", 2), ("sync", 3), ("sync", 2), ("save_file", 1), ("sync", 4)]}
+MOMENTS = {
+    "grpo": [
+        ("save_file", 1),
+        ("save_file", 2),
+        ("save_file", 3),
+        ("sync", 1),
+        ("sync", 2),
+        ("save_file", 1),
+        ("sync", 2),
+    ],
+    "sft": [
+        ("save_file", 1),
+        ("save_file", 2),
+        ("sync", 3),
+        ("sync", 2),
+        ("save_file", 1),
+        ("sync", 4),
+    ],
+}
 
 
 @pytest.mark.parametrize("script", [GRPO, SFT], ids=["grpo", "sft"])
@@ -136,14 +216,21 @@ def test_moments_in_main_memory_change_nothing(workplace):
     optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
     optimizer.step()
     train_sft.move_moments(optimizer, "meta")  # any device that is not the parameter's
-    state, = optimizer.state.values()
-    assert state["exp_avg"].device.type == state["exp_avg_sq"].device.type == "meta" and state["step"].device.type == "cpu"
+    (state,) = optimizer.state.values()
+    assert (
+        state["exp_avg"].device.type == state["exp_avg_sq"].device.type == "meta"
+        and state["step"].device.type == "cpu"
+    )
 
 
 def test_moments_go_to_main_memory_before_a_resumed_run_does_anything(workplace, monkeypatch):
     stopped_run()
     places, move = [], train_grpo.move_moments
-    monkeypatch.setattr(train_grpo, "move_moments", lambda optimizer, device: (places.append(str(device)), move(optimizer, device)))
+    monkeypatch.setattr(
+        train_grpo,
+        "move_moments",
+        lambda optimizer, device: (places.append(str(device)), move(optimizer, device)),
+    )
     run_grpo("--offload-optimizer", "--updates", "6")
     assert places[0] == "cpu" and len(places) > 1
 
@@ -151,7 +238,11 @@ def test_moments_go_to_main_memory_before_a_resumed_run_does_anything(workplace,
 def test_sft_killed_after_its_checkpoint_is_placed_places_no_second_one(workplace):
     process = child(SFT, "run", prepare=kill_at("finish", 1, owner=checkpoint.Run))
     process.join()
-    assert process.exitcode == -signal.SIGKILL and Path("run/model.safetensors").exists() and Path("run.run").exists()
+    assert (
+        process.exitcode == -signal.SIGKILL
+        and Path("run/model.safetensors").exists()
+        and Path("run.run").exists()
+    )
     finish(SFT, "run")
     assert sorted(path.name for path in workplace.glob("run*")) == ["run"]
     finish(SFT, "run")  # another run of the same flags is another run
@@ -185,9 +276,19 @@ def test_a_signal_finishes_the_update_saves_and_says_how_to_go_on(workplace):
     finish(script, "alone")
     command = [sys.executable, str(ROOT / "train_grpo.py"), *script[1], "--out", "stopped"]
     metrics = Path("stopped/metrics.jsonl")
-    for number, lines in ((signal.SIGTERM, 1), (signal.SIGINT, 3), (signal.SIGTERM, 8)):  # in the first evaluation; in an update
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                                   env=os.environ | {"OMP_NUM_THREADS": "1"})  # as here: with others, last bits differ
+    for number, lines in (
+        (signal.SIGTERM, 1),
+        (signal.SIGINT, 3),
+        (signal.SIGTERM, 8),
+    ):  # in the first evaluation; in an update
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # as here: with others, last bits differ
         while not metrics.exists() or len(metrics.read_text().splitlines()) < lines:
             time.sleep(0.005)
             assert process.poll() is None, process.communicate()
@@ -216,7 +317,10 @@ def stopped_run(out="run", steps=3):
     process = child(GRPO, out, prepare=kill_at("save_file", 4))
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert sorted(file.name for file in Path(out, "state").glob("*.safetensors")) == ["000000.safetensors", "000002.safetensors"]
+    assert sorted(file.name for file in Path(out, "state").glob("*.safetensors")) == [
+        "000000.safetensors",
+        "000002.safetensors",
+    ]
 
 
 def run_grpo(*more, out="run"):
@@ -232,8 +336,14 @@ def test_other_flags_and_other_files_are_refused_by_name_or_overridden(workplace
     with pytest.raises(DataError, match="manifest.json is not what it was"):
         run_grpo()
     run_grpo("--override", "--lr", "0.01", "--keep", "1")
-    headers = [line for line in map(json.loads, Path("run/metrics.jsonl").read_text().splitlines()) if "config" in line]
-    assert [header["config"]["lr"] for header in headers] == [0.001, 0.01] and headers[1]["after_step"] == 2
+    headers = [
+        line
+        for line in map(json.loads, Path("run/metrics.jsonl").read_text().splitlines())
+        if "config" in line
+    ]
+    assert [header["config"]["lr"] for header in headers] == [0.001, 0.01] and headers[1][
+        "after_step"
+    ] == 2
     assert "going on after step 2" in capsys.readouterr().out
 
 
@@ -245,12 +355,18 @@ def test_no_resume_keeps_the_unfinished_run(workplace):
     assert Path("run.2/results.json").exists() and not Path("run/state").exists()
 
 
-@pytest.mark.parametrize("damage", [
-    lambda file: file.write_bytes(file.read_bytes()[:-100]),
-    lambda file: file.write_bytes(b""),
-    lambda file: file.write_bytes(b"\x80\x04\x95cposix\nsystem\n(S'touch owned'\ntR."),  # a pickle that would run a command
-    lambda file: shutil.copy(GOLDEN / "tiny" / "humanomni" / "model.safetensors", file),
-], ids=["cut off", "empty", "pickle", "something else"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.write_bytes(file.read_bytes()[:-100]),
+        lambda file: file.write_bytes(b""),
+        lambda file: file.write_bytes(
+            b"\x80\x04\x95cposix\nsystem\n(S'touch owned'\ntR."
+        ),  # a pickle that would run a command
+        lambda file: shutil.copy(GOLDEN / "tiny" / "humanomni" / "model.safetensors", file),
+    ],
+    ids=["cut off", "empty", "pickle", "something else"],
+)
 def test_a_damaged_state_is_named_and_the_one_before_it_serves(workplace, damage):
     finish(GRPO, "alone")
     stopped_run()
@@ -272,7 +388,11 @@ def test_a_state_of_another_model_is_refused(workplace):
     for _ in run.steps(1):
         pass
     run.lock.close()
-    for other in ({"v": torch.nn.Parameter(torch.zeros(2))}, {"w": torch.nn.Parameter(torch.zeros(3))}, {}):
+    for other in (
+        {"v": torch.nn.Parameter(torch.zeros(2))},
+        {"w": torch.nn.Parameter(torch.zeros(3))},
+        {},
+    ):
         with pytest.raises(CheckpointError, match="not a whole state of this run"):
             checkpoint.Run("x", train_sft.Config(out="x", save_every=1), {}).track(other, optimizer)
 
@@ -290,7 +410,10 @@ def test_two_processes_do_not_share_a_run(workplace):
 def test_the_newest_states_are_kept(workplace):
     for keep in (1, 3):
         run = checkpoint.Run(f"keep_{keep}", train_sft.Config(keep=keep, save_every=2), {})
-        kept = [sorted(int(file.stem) for file in run.states.glob("*.safetensors")) for _ in run.steps(9)][-1]
+        kept = [
+            sorted(int(file.stem) for file in run.states.glob("*.safetensors"))
+            for _ in run.steps(9)
+        ][-1]
         assert kept == [4, 6, 8][-keep:]  # on the way into the ninth step
 
 
@@ -308,13 +431,25 @@ def test_a_full_disk_stops_the_run_and_the_last_state_serves(workplace):
 
     def prepare():
         save = checkpoint.save_file
-        checkpoint.save_file = lambda *arguments, **more: (limit_file_size(), save(*arguments, **more))
+        checkpoint.save_file = lambda *arguments, **more: (
+            limit_file_size(),
+            save(*arguments, **more),
+        )
 
-    process = child((lambda arguments: expect(CheckpointError, message, arguments), GRPO[1]), "run", prepare=prepare)
+    process = child(
+        (lambda arguments: expect(CheckpointError, message, arguments), GRPO[1]),
+        "run",
+        prepare=prepare,
+    )
     process.join()
     assert process.exitcode == 0
-    assert "000004.safetensors: cannot be written" in message.read_text() and "go on from the last one" in message.read_text()
-    assert Path("run/state/000002.safetensors").read_bytes() == good and not list(Path("run").rglob("*.tmp"))
+    assert (
+        "000004.safetensors: cannot be written" in message.read_text()
+        and "go on from the last one" in message.read_text()
+    )
+    assert Path("run/state/000002.safetensors").read_bytes() == good and not list(
+        Path("run").rglob("*.tmp")
+    )
     finish(GRPO, "run")
     assert_same("run", "alone")
 
@@ -331,7 +466,11 @@ def expect(error, message, arguments):
 
 def test_a_folder_that_cannot_be_written_is_an_error_before_training(workplace):
     Path("file").write_text("not a folder")
-    done = subprocess.run([sys.executable, str(ROOT / "train_grpo.py"), *GRPO[1], "--out", "file/run"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_grpo.py"), *GRPO[1], "--out", "file/run"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and "file/run" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -342,12 +481,20 @@ def test_a_checkpoint_that_is_being_replaced_survives_a_kill(workplace, moment):
     old.save_pretrained("saved")
     with torch.no_grad():
         new.embed_tokens.weight.add_(1)
-    process = child((lambda arguments: new.save_pretrained("saved"), []), "", prepare=kill_at(*moment, owner=model))
+    process = child(
+        (lambda arguments: new.save_pretrained("saved"), []),
+        "",
+        prepare=kill_at(*moment, owner=model),
+    )
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert torch.equal(HumanOmni.from_pretrained("saved").embed_tokens.weight, old.embed_tokens.weight)
+    assert torch.equal(
+        HumanOmni.from_pretrained("saved").embed_tokens.weight, old.embed_tokens.weight
+    )
     new.save_pretrained("saved")
-    assert torch.equal(HumanOmni.from_pretrained("saved").embed_tokens.weight, new.embed_tokens.weight)
+    assert torch.equal(
+        HumanOmni.from_pretrained("saved").embed_tokens.weight, new.embed_tokens.weight
+    )
     assert [file.name for file in workplace.glob("saved*")] == ["saved"]
 
 
@@ -364,7 +511,11 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_old_one(workplace
 
     process = child((work, []), "")
     process.join()
-    assert process.exitcode == 0 and "saved: cannot be written" in message.read_text() and "unharmed" in message.read_text()
+    assert (
+        process.exitcode == 0
+        and "saved: cannot be written" in message.read_text()
+        and "unharmed" in message.read_text()
+    )
     assert Path("saved/model.safetensors").read_bytes() == before
     assert [file.name for file in workplace.glob("saved*")] == ["saved"]
 
@@ -372,13 +523,21 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_old_one(workplace
 # --- bad numbers, bad rewards, not enough memory
 
 
-@pytest.mark.parametrize("script, where", [(GRPO, "logits"), (GRPO, "gradient"), (SFT, "logits"), (SFT, "gradient")])
-def test_a_nan_stops_the_run_with_what_led_to_it_or_is_passed_over(workplace, monkeypatch, script, where):
+@pytest.mark.parametrize(
+    "script, where", [(GRPO, "logits"), (GRPO, "gradient"), (SFT, "logits"), (SFT, "gradient")]
+)
+def test_a_nan_stops_the_run_with_what_led_to_it_or_is_passed_over(
+    workplace, monkeypatch, script, where
+):
     """A NaN in the third step, in the forward or only in the backward pass."""
     main, arguments = script
     state = {"step": 0}
     log = checkpoint.Run.log
-    monkeypatch.setattr(checkpoint.Run, "log", lambda run, line: (log(run, line), state.update(step=run.step + 1))[0])
+    monkeypatch.setattr(
+        checkpoint.Run,
+        "log",
+        lambda run, line: (log(run, line), state.update(step=run.step + 1))[0],
+    )
     logits = HumanOmni.logits
 
     def poisoned(self, hidden):
@@ -390,18 +549,27 @@ def test_a_nan_stops_the_run_with_what_led_to_it_or_is_passed_over(workplace, mo
         return out
 
     monkeypatch.setattr(HumanOmni, "logits", poisoned)
-    with pytest.raises(checkpoint.TrainingError, match=r"gradient norm not finite.*nonfinite_000003.json.*--skip-nonfinite"):
+    with pytest.raises(
+        checkpoint.TrainingError,
+        match=r"gradient norm not finite.*nonfinite_000003.json.*--skip-nonfinite",
+    ):
         main([*arguments, "--out", "run"])
     folder = Path("run" if script is GRPO else "run.run")
     story = json.loads((folder / "nonfinite_000003.json").read_text())
     if script is GRPO:
-        assert len(story["completions"]) == 2 and len(story["completions"][0]) == 3 and set(story["rewards"]) == {"accuracy", "format", "variety"}
+        assert (
+            len(story["completions"]) == 2
+            and len(story["completions"][0]) == 3
+            and set(story["rewards"]) == {"accuracy", "format", "variety"}
+        )
     assert ("loss" in story["not_finite"]) == (where == "logits")
     main([*arguments, "--out", "run", "--skip-nonfinite"])
     lines, weights = result("run")
     assert len(lines) == (6 if script is GRPO else 8)
     assert [line["steps_left_out"] for line in lines[:4]] == [0, 0, 1, 0]
-    assert all(tensor.isfinite().all() for tensors in weights.values() for tensor in tensors.values())
+    assert all(
+        tensor.isfinite().all() for tensors in weights.values() for tensor in tensors.values()
+    )
 
 
 def test_a_sudden_gradient_is_said(workplace, capsys):
@@ -409,34 +577,62 @@ def test_a_sudden_gradient_is_said(workplace, capsys):
     for norm in [1.0, 2.0, 1.5] * 5 + [14.0, 16.0]:
         run.log({"grad_norm": norm})
     err = capsys.readouterr().out
-    assert err.count("gradient norm") == 1 and "gradient norm 16: the median of the last 16 steps is 1.5" in err
+    assert (
+        err.count("gradient norm") == 1
+        and "gradient norm 16: the median of the last 16 steps is 1.5" in err
+    )
 
 
-@pytest.mark.parametrize("body, problem", [
-    ("return 1 / 0", r"reward bad failed with ZeroDivisionError: division by zero \(more_rewards.py, line 2\)"),
-    ("return float('nan')", "reward bad returned nan"),
-    ("return [1.0, 2.0]", "reward bad failed with TypeError"),
-    ("return None", "reward bad failed with TypeError"),
-    ("return 'much'", "reward bad failed with ValueError"),
-])
+@pytest.mark.parametrize(
+    "body, problem",
+    [
+        (
+            "return 1 / 0",
+            r"reward bad failed with ZeroDivisionError: division by zero \(more_rewards.py, line 2\)",
+        ),
+        ("return float('nan')", "reward bad returned nan"),
+        ("return [1.0, 2.0]", "reward bad failed with TypeError"),
+        ("return None", "reward bad failed with TypeError"),
+        ("return 'much'", "reward bad failed with ValueError"),
+    ],
+)
 def test_a_bad_reward_is_named_with_the_completion(workplace, monkeypatch, body, problem):
     (workplace / "broken_rewards.py").write_text(f"def bad(completion, label):\n    {body}\n")
     monkeypatch.delitem(sys.modules, "broken_rewards", raising=False)
     functions = train_grpo.find_rewards(["broken_rewards:bad"])
-    with pytest.raises(checkpoint.TrainingError, match=f"{problem.replace('more_rewards', 'broken_rewards')}.*\n<answer>sad</answer>$"):
+    with pytest.raises(
+        checkpoint.TrainingError,
+        match=f"{problem.replace('more_rewards', 'broken_rewards')}.*\n<answer>sad</answer>$",
+    ):
         train_grpo.reward_completions(functions, [["<answer>sad</answer>"]], ["happy"])
 
 
-@pytest.mark.parametrize("name", ["nowhere:variety", "more_rewards:nothing", "more_rewards", "", "train_grpo:REWARDS", "rewards:accuracy"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nowhere:variety",
+        "more_rewards:nothing",
+        "more_rewards",
+        "",
+        "train_grpo:REWARDS",
+        "rewards:accuracy",
+    ],
+)
 def test_a_reward_that_cannot_be_found_is_named(workplace, name):
     with pytest.raises(DataError, match="--reward"):
         train_grpo.find_rewards([name])
 
 
 def test_a_reward_of_ones_own_counts(workplace):
-    rewards = train_grpo.reward_completions(train_grpo.find_rewards(["more_rewards:variety"]), [["aab", "<answer>sad</answer>"]], ["sad"])
+    rewards = train_grpo.reward_completions(
+        train_grpo.find_rewards(["more_rewards:variety"]),
+        [["aab", "<answer>sad</answer>"]],
+        ["sad"],
+    )
     assert list(rewards) == ["accuracy", "format", "variety"]
-    assert rewards["variety"].tolist() == [pytest.approx([0.2, 1.0])] and rewards["accuracy"].tolist() == [[0, 1]]
+    assert rewards["variety"].tolist() == [pytest.approx([0.2, 1.0])] and rewards[
+        "accuracy"
+    ].tolist() == [[0, 1]]
 
 
 def test_out_of_memory_says_what_to_change(capsys):
@@ -446,11 +642,17 @@ def test_out_of_memory_says_what_to_change(capsys):
     with pytest.raises(SystemExit) as stopped:
         common.run(main, ("--gradient-checkpointing",))
     err = capsys.readouterr().err
-    assert stopped.value.code == 1 and "out of GPU memory" in err and "--gradient-checkpointing" in err and "2.00 GiB" in err
+    assert (
+        stopped.value.code == 1
+        and "out of GPU memory" in err
+        and "--gradient-checkpointing" in err
+        and "2.00 GiB" in err
+    )
 
 
 def test_the_samplers_buffers_come_before_anything_long(workplace, monkeypatch):
     """If they do not fit, it is known before the first evaluation and rollout."""
+
     def full(*arguments, **more):
         raise torch.OutOfMemoryError("no room")
 
@@ -463,5 +665,13 @@ def test_the_samplers_buffers_come_before_anything_long(workplace, monkeypatch):
 def test_nothing_reads_or_writes_pickles():
     for file in ROOT.glob("*.py"):
         text = file.read_text()
-        for word in ("torch.load", "torch.save", "import pickle", "allow_pickle", "shelve", "marshal", "joblib"):
+        for word in (
+            "torch.load",
+            "torch.save",
+            "import pickle",
+            "allow_pickle",
+            "shelve",
+            "marshal",
+            "joblib",
+        ):
             assert word not in text, (file, word)

@@ -24,20 +24,25 @@ def test_a_shared_prompt_saves_two_thirds_of_the_arithmetic(model):
 
     def repeated():
         embeds = torch.cat([prompt.expand(G, -1, -1), model.embed_tokens(ids)], dim=1)
-        logits = model.logits(model(embeds))[:, P - 1:-1]
+        logits = model.logits(model(embeds))[:, P - 1 : -1]
         token_logps(logits, ids).sum().backward()
 
-    ratio = flops_of(repeated) / flops_of(lambda: completion_logps(model, prompt, ids).sum().backward())
+    ratio = flops_of(repeated) / flops_of(
+        lambda: completion_logps(model, prompt, ids).sum().backward()
+    )
     assert ratio >= 3.0, ratio
 
 
 class LargestTensor(TorchDispatchMode):
     """Number of elements of the largest tensor that any operation makes."""
+
     largest = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        self.largest = max([self.largest, *(x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor))])
+        self.largest = max(
+            [self.largest, *(x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor))]
+        )
         return result
 
 

@@ -31,13 +31,13 @@ import torch
 from conftest import GOLDEN
 from test_data import write_clip
 
-import common
 import data
 import evaluate
 import train_grpo
 import train_sft
+from checkpoint import CheckpointError, published_name
 from data import DataError
-from model import CheckpointError
+from support import flags
 
 SECONDS = 30  # for one file; what takes longer hangs
 CHECKPOINT = GOLDEN / "tiny" / "humanomni"
@@ -45,6 +45,7 @@ QUESTION = "Which emotion is it?"
 
 
 # -------------------------------------------------------------------------------------------------------------- damage
+
 
 def damaged(rng, content, structure=None):
     """Bytes with one to three things wrong; structure: (start, end) of the part that says where everything else is."""
@@ -55,33 +56,74 @@ def damaged(rng, content, structure=None):
         if end - start < 8:
             continue
         at, run = rng.randrange(start, end), rng.choice((1, 2, 4, 16, 200))
-        how = rng.choice(("cut", "flip", "flip", "flip", "extreme", "extreme", "zero", "noise", "drop", "repeat"))
+        how = rng.choice(
+            ("cut", "flip", "flip", "flip", "extreme", "extreme", "zero", "noise", "drop", "repeat")
+        )
         if how == "cut":
             del content[at:]
         elif how == "flip":
             content[at] ^= 1 << rng.randrange(8)
         elif how == "extreme":
-            content[at:at + 4] = rng.choice((b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\x10\0\0"))
+            content[at : at + 4] = rng.choice(
+                (
+                    b"\0\0\0\0",
+                    b"\xff\xff\xff\xff",
+                    b"\x7f\xff\xff\xff",
+                    b"\xff\xff\xff\x7f",
+                    b"\0\x10\0\0",
+                )
+            )
         elif how == "zero":
-            content[at:at + run] = bytes(len(content[at:at + run]))
+            content[at : at + run] = bytes(len(content[at : at + run]))
         elif how == "noise":
-            content[at:at + run] = rng.randbytes(run)
+            content[at : at + run] = rng.randbytes(run)
         elif how == "drop":
-            del content[at:at + run]
+            del content[at : at + run]
         else:
-            content[at:at] = content[at:at + run]
+            content[at:at] = content[at : at + run]
     return bytes(content)
 
 
-ODD = (None, True, False, -1, 0, 1, 3, 7, 2 ** 31, 10 ** 9, 10 ** 30, 0.5, -1e-3, 1e308, math.nan, math.inf, "", "x", "1", "<video>",
-       "../../etc/passwd", "a\0b", "\ud800", "ü" * 5000, [], {}, [1, 2], ["x"], {"type": "x"}, {"content": 3}, [[[[[[]]]]]])
+ODD = (
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    3,
+    7,
+    2**31,
+    10**9,
+    10**30,
+    0.5,
+    -1e-3,
+    1e308,
+    math.nan,
+    math.inf,
+    "",
+    "x",
+    "1",
+    "<video>",
+    "../../etc/passwd",
+    "a\0b",
+    "\ud800",
+    "ü" * 5000,
+    [],
+    {},
+    [1, 2],
+    ["x"],
+    {"type": "x"},
+    {"content": 3},
+    [[[[[[]]]]]],
+)
 
 
 def nodes(value, path=()):
     """All (path, value) inside a JSON value, itself included."""
     yield path, value
     if isinstance(value, (dict, list)):
-        for key in (value if isinstance(value, dict) else range(len(value))):
+        for key in value if isinstance(value, dict) else range(len(value)):
             yield from nodes(value[key], (*path, key))
 
 
@@ -92,7 +134,9 @@ def damaged_json(rng, value):
     def holder_and_key():
         # Depth first, so that a large list does not draw every choice.
         places, depth = list(nodes(value))[1:], rng.choice((1, 1, 2, 2, 3, 4, 9))
-        near = [place for place, _ in places if len(place) == depth] or [place for place, _ in places]
+        near = [place for place, _ in places if len(place) == depth] or [
+            place for place, _ in places
+        ]
         *way, key = rng.choice(near)
         holder = value
         for step in way:
@@ -103,7 +147,9 @@ def damaged_json(rng, value):
         if not isinstance(value, (dict, list)) or not value:
             return value
         holder, key = holder_and_key()
-        how = rng.choice(("drop", "swap", "retype", "retype", "retype", "repeat", "rename", "whole", "edge"))
+        how = rng.choice(
+            ("drop", "swap", "retype", "retype", "retype", "repeat", "rename", "whole", "edge")
+        )
         if how == "drop":
             del holder[key]
         elif how == "swap":
@@ -112,7 +158,15 @@ def damaged_json(rng, value):
         elif how == "retype":
             holder[key] = copy.deepcopy(rng.choice(ODD))
         elif how == "edge" and type(holder[key]) in (int, float):
-            holder[key] = rng.choice((-holder[key], holder[key] + 1, holder[key] * 1000, str(holder[key]), holder[key] + 0.5))
+            holder[key] = rng.choice(
+                (
+                    -holder[key],
+                    holder[key] + 1,
+                    holder[key] * 1000,
+                    str(holder[key]),
+                    holder[key] + 0.5,
+                )
+            )
         elif how == "repeat" and isinstance(holder, list):
             holder.insert(key, copy.deepcopy(holder[key]))
         elif how == "rename" and isinstance(holder, dict):
@@ -134,6 +188,7 @@ def damage_json_file(rng, path):
 # ------------------------------------------------------------------------------ one kind each: damage a file, then use it
 # A kind is a function (rng, folder, bases) that returns if the input was used and found whole, and otherwise lets the error
 # through with the paths that it has to name, by way of `refusable`.
+
 
 @contextlib.contextmanager
 def refusable(*paths):
@@ -159,23 +214,37 @@ def fuzz_clips(rng, folder, bases):
     with refusable(path):
         item = data.Clips([data.Example(path, QUESTION, "sad", modality)], 4, 32, 80, 32000)[0]
     if "video" in modality:
-        assert item["pixel_values"].shape == (4, 3, 32, 32) and item["pixel_values"].abs().max() <= 1
+        assert (
+            item["pixel_values"].shape == (4, 3, 32, 32) and item["pixel_values"].abs().max() <= 1
+        )
     if "audio" in modality:
         assert item["input_features"].shape == (80, 200) and item["input_features"].isfinite().all()
 
 
 def fuzz_manifests(rng, folder, bases):
-    turns = [{"from": "human", "value": "<video>\n<audio>\n" + QUESTION}, {"from": "gpt", "value": "happy"}]
+    turns = [
+        {"from": "human", "value": "<video>\n<audio>\n" + QUESTION},
+        {"from": "gpt", "value": "happy"},
+    ]
     for name in ("a.mp4", "b.mp4"):
         (folder / name).touch()
     path = folder / "manifest.json"
-    path.write_text(json.dumps([{"video": name, "conversations": turns, "label": "x"} for name in ("a.mp4", "b.mp4", "a.mp4")]))
+    path.write_text(
+        json.dumps(
+            [
+                {"video": name, "conversations": turns, "label": "x"}
+                for name in ("a.mp4", "b.mp4", "a.mp4")
+            ]
+        )
+    )
     damage_json_file(rng, path)
     with refusable(path):
         examples = data.read_manifest(path)
     assert examples
     for example in examples:
-        assert (example.video is None or example.video.is_file()) and example.modality in data.MODALITIES
+        assert (
+            example.video is None or example.video.is_file()
+        ) and example.modality in data.MODALITIES
         assert "<video>" not in example.question and "<audio>" not in example.question
         json.dumps([example.question, example.answer, example.extra], ensure_ascii=False).encode()
 
@@ -185,44 +254,55 @@ def fuzz_checkpoints(rng, folder, bases):
     folder = folder / "c"
     weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     shard = folder / "model-00001-of-00001.safetensors"
-    what = rng.choice(("config", "config", "encoder", "header", "header", "bytes", "bytes", "index"))
+    what = rng.choice(
+        ("config", "config", "encoder", "header", "header", "bytes", "bytes", "index")
+    )
     if what == "config":
         damage_json_file(rng, folder / "config.json")
     elif what == "encoder":
         damage_json_file(rng, folder / rng.choice(("siglip", "whisper", "bert")) / "config.json")
     elif what == "index":
         weights.rename(shard)
-        index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": {name: shard.name for name in read_header(shard)[0]}}))
+        index.write_text(
+            json.dumps(
+                {
+                    "metadata": {"total_size": 1},
+                    "weight_map": {name: shard.name for name in read_header(shard)[0]},
+                }
+            )
+        )
         damage_json_file(rng, index)
     elif what == "header":
         header, rest = read_header(weights)
         text = json.dumps(damaged_json(rng, header)).encode()
-        weights.write_bytes(struct.pack("<Q", len(text) + rng.choice((0, 0, 0, 0, 1, -1))) + text + rest)
+        weights.write_bytes(
+            struct.pack("<Q", len(text) + rng.choice((0, 0, 0, 0, 1, -1))) + text + rest
+        )
     else:
         content = weights.read_bytes()
         weights.write_bytes(damaged(rng, content, (0, struct.unpack("<Q", content[:8])[0] + 8)))
     with refusable(folder):
-        model, tokenizer, bert = load(folder)
-    check_tensors_are_the_files(model, shard if shard.exists() else weights)
-    use(model, tokenizer, bert)
+        omni = load(folder)
+    check_tensors_are_the_files(omni.model, shard if shard.exists() else weights)
+    use(omni)
 
 
 def load(folder):
-    return common.load(SimpleNamespace(model=str(folder), siglip="", whisper="", bert="", device="cpu"))
+    config = SimpleNamespace(model=str(folder), siglip="", whisper="", bert="", device="cpu")
+    return flags.load(config)
 
 
 def read_header(path):
     """A safetensors file by hand -> its header without the metadata, and the bytes behind it."""
     content = path.read_bytes()
-    length, = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8:8 + length])
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
     header.pop("__metadata__", None)
-    return header, content[8 + length:]
+    return header, content[8 + length :]
 
 
 def check_tensors_are_the_files(model, path):
     """Bit for bit, by the file's own header."""
-    from model import published_name
     header, rest = read_header(path)
     for key, tensor in model.state_dict().items():
         entry = header[published_name(key)]
@@ -234,54 +314,104 @@ def check_tensors_are_the_files(model, path):
 
 
 @torch.no_grad()
-def use(model, tokenizer, bert):
-    """Everything a script does with a model, once: clip, prompt, logits. Damaged weights may make them any number."""
+def use(omni):
+    """All that a script does with a model, once. Damaged weights may make logits of any number."""
     examples = [data.Example(GOLDEN / "media" / "clip16k.mp4", QUESTION, "sad", "video_audio")]
-    clips = next(data.batches(common.clips_of(model, examples, "pad"), [0], 1))
-    prompt, = common.prompts_of(model, tokenizer, bert, examples, common.encode_clips(model, clips))
-    assert model.logits(model(prompt[None])).shape == (1, len(prompt), model.configs["llm"]["vocab_size"])
+    clips = data.clips_of(omni.model, examples)
+    batch = data.encode(omni, clips, next(data.batches(clips, [0], 1)))
+    (prompt,) = data.embed(omni.model, batch)
+    V = omni.model.configs["llm"]["vocab_size"]
+    assert omni.model.logits(omni.model(prompt[None])).shape == (1, len(prompt), V)
 
 
 def fuzz_tokenizers(rng, folder, bases):
     shutil.copytree(CHECKPOINT, folder / "c")
     folder = folder / "c"
+    config = ["tokenizer_config.json", "generation_config.json", "special_tokens_map.json"]
     if rng.random() < 0.4:  # as some checkpoints come: without a tokenizer.json
         (folder / "tokenizer.json").unlink()
-        names = ["vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json", "bert/vocab.txt"]
+        if rng.random() < 0.3:  # and then added_tokens.json counts
+            path = folder / "tokenizer_config.json"
+            content = json.loads(path.read_text())
+            content.pop("added_tokens_decoder")
+            path.write_text(json.dumps(content))
+        names = [*config, "vocab.json", "merges.txt", "added_tokens.json", "bert/vocab.txt"]
     else:
-        names = ["tokenizer.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "bert/vocab.txt",
-                 "bert/tokenizer_config.json", "bert/tokenizer.json"]
+        names = [*config, "tokenizer.json", "tokenizer.json", "config.json"]
+        names += ["bert/vocab.txt", "bert/tokenizer_config.json", "bert/tokenizer.json"]
+        names += ["bert/config.json"]
     path = folder / rng.choice(names)
     if path.name == "tokenizer.json" and path.parent.name == "bert":
         data.BertTokenizer(CHECKPOINT).tokenizer.save(str(path))
         (folder / "bert" / "vocab.txt").unlink()
+    if path.name == "config.json" and path.parent == folder:  # read for its eos_token_id
+        (folder / "generation_config.json").unlink()
     if path.suffix == ".json":
         damage_json_file(rng, path)
     else:
         path.write_bytes(damaged(rng, path.read_bytes()))
     with refusable(folder):
-        model, tokenizer, bert = load(folder)
+        omni = load(folder)
+        tokenizer = omni.tokenizer
         ids, labels = tokenizer.sft_ids(QUESTION, "<think>It is.</think>\n<answer>happy</answer>")
-        question_ids, mask = bert([QUESTION, "a"])
-    assert len(ids) == len(labels) and ids.count(-201) == ids.count(-202) == 1
-    assert all(0 <= i < 320 for i in ids if i not in (-201, -202)) and 0 <= tokenizer.eos_token_id < 320
+        question_ids, mask = omni.bert([QUESTION, "a"])
+    assert len(ids) == len(labels) and [i for i in ids if i < 0] == [-201, -202]
+    assert all(0 <= i < 320 for i in ids if i not in (-201, -202))
+    assert all(type(i) is int and 0 <= i < 320 for i in tokenizer.eos_token_ids)
+    assert tokenizer.eos_token_id in tokenizer.eos_token_ids and 0 <= tokenizer.pad_token_id < 320
     # Nothing of the text is lost, whatever the ids are.
-    text = "".join({-201: "<video>", -202: "<audio>"}.get(i) or "" for i in ids)
-    assert text == "<video><audio>"
     pieces = tokenizer.render(QUESTION).replace("<video>", "|").replace("<audio>", "|").split("|")
-    assert all(tokenizer.tokenizer.decode(tokenizer.encode(piece), skip_special_tokens=False) == piece for piece in pieces)
+    for piece in pieces:
+        again = tokenizer.tokenizer.decode(tokenizer.encode(piece), skip_special_tokens=False)
+        assert again == piece
     assert question_ids.shape == mask.shape and question_ids.dtype == torch.int64
-    use(model, tokenizer, bert)
+    use(omni)
 
 
 TEMPLATE = json.loads((CHECKPOINT / "tokenizer_config.json").read_text())["chat_template"]
-SNIPPETS = ["{{ ''.__class__.__mro__ }}", "{% for i in range(10**9) %}", "{% for i in range(99999) %}", "{% endfor %}", "{{ 'a' * 10**10 }}",
-            "{{ 'a' * 10000000000 }}", "{{ 'a'.ljust(10000000000) }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ 9 ** 9 ** 9 }}",
-            "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}", "{{ nothing }}", "{% if tools %}",
-            "{% endif %}", "{% else %}", "{{ messages }}", "{{ messages[0].content }}", "<video>", "{{ messages[7].content }}", "{{ 1 / 0 }}",
-            "{% include 'x' %}", "{{ raise_exception('no') }}", "{{ cycler.__init__.__globals__ }}", "{{ messages[0].pop('content') }}",
-            "{{ messages[0].content | replace('<audio>', '') }}", "{% set messages = [] %}", "{{ '%0999999999d' % 1 }}", "{% break %}",
-            "{% filter upper %}", "{% endfilter %}", "{#", "}}", "{{", "\0", "{{ self }}", "{{ lipsum(n=100) }}", "{{ range(100000) | list }}"]
+SNIPPETS = [
+    "{{ ''.__class__.__mro__ }}",
+    "{% for i in range(10**9) %}",
+    "{% for i in range(99999) %}",
+    "{% endfor %}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{{ nothing }}",
+    "{% if tools %}",
+    "{% endif %}",
+    "{% else %}",
+    "{{ messages }}",
+    "{{ messages[0].content }}",
+    "<video>",
+    "{{ messages[7].content }}",
+    "{{ 1 / 0 }}",
+    "{% include 'x' %}",
+    "{{ raise_exception('no') }}",
+    "{{ cycler.__init__.__globals__ }}",
+    "{{ messages[0].pop('content') }}",
+    "{{ messages[0].content | replace('<audio>', '') }}",
+    "{% set messages = [] %}",
+    "{% break %}",
+    "{% continue %}",
+    "{% generation %}",
+    "{% endgeneration %}",
+    "{{ messages | tojson(indent=2) }}",
+    "{{ nothing | tojson }}",
+    "{{ strftime_now('%d %b %Y') }}",
+    "{{ strftime_now(3) }}",
+    "{{ 'a' * 99999 }}",
+    "{% set ns = namespace(x='a') %}{% for i in range(9) %}{% set ns.x = ns.x ~ 'b' %}{% endfor %}",
+    "{{ tools }}",
+    "{{ bos_token }}",
+    "{% filter upper %}",
+    "{% endfilter %}",
+    "{#",
+    "}}",
+    "{{",
+    "\0",
+    "{{ self }}",
+    "{{ lipsum(n=100) }}",
+    "{{ range(100000) | list }}",
+]
 
 
 def fuzz_templates(rng, folder, bases):
@@ -289,7 +419,10 @@ def fuzz_templates(rng, folder, bases):
     path = folder / "c" / "chat_template.jinja"
     pieces = [piece for block in TEMPLATE.split("{%") for piece in ("{%", block)][1:]
     for _ in range(rng.choice((1, 1, 2))):
-        how, at = rng.choice(("insert", "insert", "drop", "swap", "bytes", "repeat")), rng.randrange(len(pieces))
+        how, at = (
+            rng.choice(("insert", "insert", "drop", "swap", "bytes", "repeat")),
+            rng.randrange(len(pieces)),
+        )
         if how == "insert":
             pieces.insert(at, rng.choice(SNIPPETS))
         elif how == "drop":
@@ -310,8 +443,37 @@ def fuzz_templates(rng, folder, bases):
         assert QUESTION in tokenizer.decode(row)
 
 
-VALUES = ["", "0", "1", "-1", "3", "2.5", "nan", "inf", "-inf", "1e400", "1e-400", "-1e-3", "10" * 30, "x", "none", "paper", "cpu", "True", "--", "-",
-          "é", "0x10", "1_0", " 1", "1,5", "\udcff", "/", "..", "/dev/null/x"]
+VALUES = [
+    "",
+    "0",
+    "1",
+    "-1",
+    "3",
+    "2.5",
+    "nan",
+    "inf",
+    "-inf",
+    "1e400",
+    "1e-400",
+    "-1e-3",
+    "10" * 30,
+    "x",
+    "none",
+    "paper",
+    "cpu",
+    "True",
+    "--",
+    "-",
+    "é",
+    "0x10",
+    "1_0",
+    " 1",
+    "1,5",
+    "\udcff",
+    "/",
+    "..",
+    "/dev/null/x",
+]
 
 
 def fuzz_flags(rng, folder, bases):
@@ -321,11 +483,17 @@ def fuzz_flags(rng, folder, bases):
     for _ in range(rng.randrange(1, 4)):
         name = rng.choice(names)
         name = rng.choice((name, name, name, name, "no-" + name, name[:3], name + "x"))
-        argv += rng.choice(([f"--{name}", rng.choice(VALUES)],) * 6 + ([f"--{name}={rng.choice(VALUES)}"], [f"--{name}"], [rng.choice(VALUES)]))
+        argv += rng.choice(
+            ([f"--{name}", rng.choice(VALUES)],) * 6
+            + ([f"--{name}={rng.choice(VALUES)}"], [f"--{name}"], [rng.choice(VALUES)])
+        )
     message = folder / "message"
     try:
-        with open(message, "w", errors="backslashreplace") as file, contextlib.redirect_stderr(file):
-            config = common.parse_flags(module.Config, "", argv, getattr(module, "PRESETS", None))
+        with (
+            open(message, "w", errors="backslashreplace") as file,
+            contextlib.redirect_stderr(file),
+        ):
+            config = flags.parse_flags(module.Config, "", argv, getattr(module, "PRESETS", None))
     except SystemExit as stop:
         assert stop.code == 2 and "error: " in message.read_text(), (argv, message.read_text())
         raise Refused
@@ -334,16 +502,24 @@ def fuzz_flags(rng, folder, bases):
         raise Refused from error
     for f in fields(config):
         value = getattr(config, f.name)
-        assert type(value) in (type(f.default), list if isinstance(f.default, tuple) else type(f.default)), (f.name, value)
+        assert type(value) in (
+            type(f.default),
+            list if isinstance(f.default, tuple) else type(f.default),
+        ), (f.name, value)
         assert not isinstance(value, float) or math.isfinite(value)
         assert value >= f.metadata.get("least", value) and value <= f.metadata.get("most", value)
         assert "choices" not in f.metadata or value in f.metadata["choices"]
 
 
-KINDS = {name.removeprefix("fuzz_"): function for name, function in list(globals().items()) if name.startswith("fuzz_")}
+KINDS = {
+    name.removeprefix("fuzz_"): function
+    for name, function in list(globals().items())
+    if name.startswith("fuzz_")
+}
 
 
 # ------------------------------------------------------------------------------------------------------------ the runner
+
 
 def work(kind, root, bases, pipe):
     """The process that reads the files: seed in, "decoded", "refused" or a traceback out."""
@@ -370,7 +546,9 @@ def run(kind, seeds, root, bases):
     for seed in seeds:
         if process is None:
             pipe, theirs = multiprocessing.Pipe()
-            process = multiprocessing.Process(target=work, args=(kind, root, bases, theirs), daemon=True)
+            process = multiprocessing.Process(
+                target=work, args=(kind, root, bases, theirs), daemon=True
+            )
             process.start()
             theirs.close()
         pipe.send(seed)
@@ -399,15 +577,20 @@ def run(kind, seeds, root, bases):
 def bases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bases")
     small = dict(frames=12, size=(48, 32))
-    return [GOLDEN / "media" / "clip16k.mp4", GOLDEN / "media" / "clip.mp4",
-            write_clip(folder / "a.mp4", video="mpeg4", audio="aac", options={"movflags": "faststart"}, **small),
-            write_clip(folder / "b.avi", video="mjpeg", audio="pcm_s16le", **small),
-            write_clip(folder / "c.avi", video="mpeg4", audio="libmp3lame", rate=44100, **small),
-            write_clip(folder / "d.mkv", video="libx264", audio="flac", **small),
-            write_clip(folder / "e.webm", video="libvpx", audio="libopus", rate=48000, **small),
-            write_clip(folder / "f.flv", video="flv", audio="libmp3lame", rate=44100, **small),
-            write_clip(folder / "g.wav", video=None, audio="pcm_f32le", **small),
-            write_clip(folder / "h.ogg", video=None, audio="libopus", rate=48000, **small)]
+    return [
+        GOLDEN / "media" / "clip16k.mp4",
+        GOLDEN / "media" / "clip.mp4",
+        write_clip(
+            folder / "a.mp4", video="mpeg4", audio="aac", options={"movflags": "faststart"}, **small
+        ),
+        write_clip(folder / "b.avi", video="mjpeg", audio="pcm_s16le", **small),
+        write_clip(folder / "c.avi", video="mpeg4", audio="libmp3lame", rate=44100, **small),
+        write_clip(folder / "d.mkv", video="libx264", audio="flac", **small),
+        write_clip(folder / "e.webm", video="libvpx", audio="libopus", rate=48000, **small),
+        write_clip(folder / "f.flv", video="flv", audio="libmp3lame", rate=44100, **small),
+        write_clip(folder / "g.wav", video=None, audio="pcm_f32le", **small),
+        write_clip(folder / "h.ogg", video=None, audio="libopus", rate=48000, **small),
+    ]
 
 
 @pytest.mark.parametrize("count", [20, pytest.param(500, marks=pytest.mark.slow)])
@@ -419,11 +602,14 @@ def test_whatever_is_wrong_is_refused_by_name(kind, count, bases, tmp_path, caps
     with capsys.disabled():
         print(f" {kind}: {outcomes['decoded']} decoded, {outcomes['refused']} refused", end="")
     assert not failures, f"{len(failures)} of {count}:\n" + "\n".join(failures[:10])
-    assert outcomes["refused"] and (outcomes["decoded"] or count == 20)  # the damage is neither harmless nor total
+    assert outcomes["refused"] and (
+        outcomes["decoded"] or count == 20
+    )  # the damage is neither harmless nor total
 
 
 def test_the_runner_sees_hangs_deaths_and_wrong_errors(tmp_path, monkeypatch):
     """A test that cannot fail is none: the three ways to fail, failing."""
+
     def bad(rng, folder, bases):
         seed = int(folder.name.split("_")[1])
         if seed == 1:
@@ -440,4 +626,9 @@ def test_the_runner_sees_hangs_deaths_and_wrong_errors(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "SECONDS", 1)
     outcomes, failures = run("bad", range(6), tmp_path, None)
     assert outcomes == {"decoded": 2}
-    assert [word in failure for word, failure in zip(("exit code -11", "hangs", "does not name", "KeyError"), failures, strict=True)] == [True] * 4
+    assert [
+        word in failure
+        for word, failure in zip(
+            ("exit code -11", "hangs", "does not name", "KeyError"), failures, strict=True
+        )
+    ] == [True] * 4

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from generate import Sampler, draw, generate, sample
+from generate import Decoding, Sampler, draw, generate, sample
 from grpo import completion_logps, completion_mask
 
 
@@ -17,7 +17,9 @@ def greedy_without_cache(model, prompt, steps):
 
 
 def test_greedy_equals_the_original(model, prompts, expected):
-    assert torch.equal(generate(model, prompts, max_new_tokens=12, temperature=0)[:, 0], expected["greedy_ids"])
+    assert torch.equal(
+        generate(model, prompts, max_new_tokens=12, temperature=0)[:, 0], expected["greedy_ids"]
+    )
 
 
 def test_greedy_equals_decoding_without_a_cache_for_prompts_of_unequal_length(model, prompts):
@@ -26,12 +28,17 @@ def test_greedy_equals_decoding_without_a_cache_for_prompts_of_unequal_length(mo
     assert together.shape == (4, 2, 10)
     for prompt, rows in zip(ragged, together):
         alone = generate(model, [prompt], max_new_tokens=10, temperature=0)[0, 0]
-        assert rows[0].tolist() == rows[1].tolist() == alone.tolist() == greedy_without_cache(model, prompt, 10)
+        assert (
+            rows[0].tolist()
+            == rows[1].tolist()
+            == alone.tolist()
+            == greedy_without_cache(model, prompt, 10)
+        )
 
 
 def test_sampled_logps_are_those_of_the_scoring_pass(model, prompts):
     ragged = [prompts[0], prompts[1][:33]]
-    ids, logps = sample(model, ragged, num_samples=3, max_new_tokens=9, seed=0)
+    ids, logps = sample(model, ragged, 3, Decoding(max_new_tokens=9), seed=0)
     for prompt, rows, sampled in zip(ragged, ids, logps):
         assert torch.allclose(sampled, completion_logps(model, prompt, rows), atol=1e-4)
 
@@ -56,7 +63,9 @@ def test_samples_of_one_prefill_follow_the_models_distribution(model, prompts):
         expected = n * probabilities[b]
         chi2 = ((counts - expected) ** 2 / expected)[expected > 5].sum()
         bins = int((expected > 5).sum())
-        assert bins > 20 and chi2 < bins + 5 * (2 * bins) ** 0.5  # mean of chi2 is about bins, its std sqrt(2 bins)
+        assert (
+            bins > 20 and chi2 < bins + 5 * (2 * bins) ** 0.5
+        )  # mean of chi2 is about bins, its std sqrt(2 bins)
         # second tokens, given the most frequent first one
         first = int(counts.argmax())
         rows = ids[b][ids[b, :, 0] == first, 1]
@@ -92,7 +101,9 @@ def test_rows_end_with_eos(model, prompts):
     mask = completion_mask(ids.flatten(0, 1), eos)
     ids, free = ids.flatten(0, 1), free.flatten(0, 1)
     assert (ids[~mask] == eos).all()
-    assert torch.equal(ids[mask], free[:, :ids.shape[1]][mask])  # up to its end a row is what it would have been
+    assert torch.equal(
+        ids[mask], free[:, : ids.shape[1]][mask]
+    )  # up to its end a row is what it would have been
     assert ids.shape[1] == int(mask.sum(1).max())
     assert free.shape[1] == 40
 
@@ -101,10 +112,62 @@ def test_one_new_token(model, prompts):
     assert generate(model, prompts, 3, 1).shape == (2, 3, 1)
 
 
-@pytest.mark.parametrize("wrong", [dict(num_samples=0), dict(max_new_tokens=0), dict(temperature=-1), dict(top_p=0.0), dict(top_p=1.5)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(num_samples=0),
+        dict(max_new_tokens=0),
+        dict(temperature=-1),
+        dict(top_p=0.0),
+        dict(top_p=1.5),
+    ],
+)
 def test_wrong_arguments_are_named(model, prompts, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         generate(model, prompts, **wrong)
+
+
+@pytest.mark.parametrize("V", [5, 151_936])
+def test_the_drawn_distribution_is_the_softmax(V):
+    """Chi-squared over the likely words; words of probability 0 are never drawn, at any size."""
+    torch.manual_seed(0)
+    n, chosen = 20_000, torch.randperm(V)[:4]
+    logits = torch.full((1, V), -torch.inf)
+    logits[0, chosen] = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    ids, logps = draw(logits.expand(n if V < 10 else 2_000, V), 1.0, 1.0, torch.Generator())
+    counts = torch.stack([(ids == word).sum() for word in chosen]).double()
+    expected = torch.tensor([0.4, 0.3, 0.2, 0.1]).double() * len(ids)
+    assert counts.sum() == len(ids)
+    assert ((counts - expected) ** 2 / expected).sum() < 16.3  # 3 degrees of freedom, p = 0.001
+    assert torch.allclose(logps.exp(), torch.softmax(logits[0], -1)[ids], atol=1e-5)
+
+
+def test_a_flat_distribution_over_the_published_vocabulary_is_drawn_flat():
+    """In float32 the running sum of 151 936 equal words would be uneven; its thirds must be equal."""
+    V, n = 151_936, 3_000
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.cat([draw(torch.zeros(500, V), 1.0, 1.0, generator)[0] for _ in range(n // 500)])
+    thirds = torch.bincount(ids * 3 // V, minlength=3).double()
+    assert ((thirds - n / 3) ** 2 / (n / 3)).sum() < 13.8  # 2 degrees of freedom, p = 0.001
+    assert len(ids.unique()) > 0.97 * n
+
+
+def test_any_of_several_eos_ids_ends_a_row(model, prompts):
+    """Two frequent words both end rows: after either the first of them is repeated."""
+    first, second = (int(i) for i in generate(model, prompts, 1, 1, temperature=0).flatten())
+    if first == second:
+        second = (first + 1) % 300
+    # One row per prompt: no compaction, so every row keeps its random numbers.
+    prompts = list(prompts * 0.3) * 16
+    settings = {"max_new_tokens": 40, "seed": 0, "temperature": 0.7}
+    ids = generate(model, prompts, eos_token_id=(first, second), **settings).flatten(0, 1)
+    free = generate(model, prompts, **settings).flatten(0, 1)
+    mask = completion_mask(ids, (first, second))
+    assert (ids[~mask] == first).all()
+    assert torch.equal(ids[mask], free[:, : ids.shape[1]][mask])
+    ended = torch.isin(free, torch.tensor([first, second])).any(1)
+    assert ended.any()
+    assert torch.equal(mask.sum(1), completion_mask(free, (first, second)).sum(1))
 
 
 # --- the sampler that a training run keeps
@@ -122,7 +185,7 @@ def test_compaction_changes_no_row(model, prompts):
             halvings.append(halved)
             return halved
 
-    counting = Counting(model, 2, 8, P, 40, eos_token_id=eos, temperature=0)
+    counting = Counting(model, 2, 8, P, Decoding(40, temperature=0, eos_token_id=eos))
     # Greedy rows are all equal, so the rows are ended by hand: as if each had drawn EOS at a step of its own.
     ends = torch.tensor([[3, 3, 3, 3, 3, 3, 3, 38], [2, 5, 4, 3, 2, 9, 17, 30]]).flatten()
     decode = counting._decode
@@ -131,7 +194,7 @@ def test_compaction_changes_no_row(model, prompts):
 
     def ending(R):
         steps.append(R)
-        finished = (counting.step >= ends[counting.row[:R]])
+        finished = counting.step >= ends[counting.row[:R]]
         counting.logits[:R, eos] = torch.where(finished, torch.inf, -torch.inf)
         decode(R)
 
@@ -152,11 +215,17 @@ def test_compaction_changes_no_row(model, prompts):
 
 
 def test_a_sampler_is_used_again_with_other_prompts_and_fewer(model, prompts):
-    sampler = Sampler(model, 3, 2, prompts.shape[1] + 5, 9)
-    for some in ([prompts[0], prompts[1][:50]], [prompts[1][:20]], [prompts[0][:7], prompts[1], prompts[0]]):
+    sampler = Sampler(model, 3, 2, prompts.shape[1] + 5, Decoding(9))
+    for some in (
+        [prompts[0], prompts[1][:50]],
+        [prompts[1][:20]],
+        [prompts[0][:7], prompts[1], prompts[0]],
+    ):
         ids, logps = sampler(some, seed=5)
         assert ids.shape == (len(some), 2, 9)
-        for prompt, rows, sampled in zip(some, ids, logps):  # what an earlier call left in the buffers has no influence
+        for prompt, rows, sampled in zip(
+            some, ids, logps
+        ):  # what an earlier call left in the buffers has no influence
             assert torch.allclose(sampled, completion_logps(model, prompt, rows), atol=1e-4)
     with pytest.raises(ValueError, match="made for 3"):
         sampler([prompts[0]] * 4)
@@ -164,7 +233,7 @@ def test_a_sampler_is_used_again_with_other_prompts_and_fewer(model, prompts):
 
 def test_refresh_brings_new_weights_into_the_working_copy_in_place(model, prompts):
     working = model.trainable_copy(torch.float32)
-    sampler = Sampler(model, 2, 1, prompts.shape[1], 8, temperature=0, copy=working)
+    sampler = Sampler(model, 2, 1, prompts.shape[1], Decoding(8, temperature=0), copy=working)
     addresses = [p.data_ptr() for p in working.parameters()]
     old, _ = sampler(prompts)
     with torch.no_grad():
@@ -173,12 +242,16 @@ def test_refresh_brings_new_weights_into_the_working_copy_in_place(model, prompt
     assert torch.equal(sampler(prompts)[0], old)  # not yet
     sampler.refresh()
     new, _ = sampler(prompts)
-    assert not torch.equal(new, old) and torch.equal(new, generate(model, prompts, max_new_tokens=8, temperature=0))
+    assert not torch.equal(new, old) and torch.equal(
+        new, generate(model, prompts, max_new_tokens=8, temperature=0)
+    )
     assert [p.data_ptr() for p in working.parameters()] == addresses
 
 
 def test_a_bf16_copy_samples_almost_the_same_distribution(model, prompts):
-    sampler = Sampler(model, 2, 4, prompts.shape[1], 8, copy=model.trainable_copy(torch.bfloat16))
+    sampler = Sampler(
+        model, 2, 4, prompts.shape[1], Decoding(8), copy=model.trainable_copy(torch.bfloat16)
+    )
     assert sampler.dtype == torch.bfloat16 and sampler.logps.dtype == torch.float32
     ids, logps = sampler(prompts, seed=0)
     for prompt, rows, sampled in zip(prompts, ids, logps):
@@ -189,12 +262,15 @@ def test_a_bf16_copy_samples_almost_the_same_distribution(model, prompts):
 def test_compiled_equals_eager_and_nothing_recompiles(model, prompts):
     """The decode step compiled for each number of rows; then other lengths, prompts, seeds: all of it compiled already."""
     eos, P = 7, prompts.shape[1]
-    eager = Sampler(model, 2, 4, P, 24, eos_token_id=eos)
-    compiled = Sampler(model, 2, 4, P, 24, eos_token_id=eos, compiled=True)
+    decoding = Decoding(24, eos_token_id=eos)
+    eager = Sampler(model, 2, 4, P, decoding)
+    compiled = Sampler(model, 2, 4, P, decoding, compiled=True)
     compiled.warm_up()
     torch.compiler.set_stance("fail_on_recompile")
     try:
-        for seed, some in enumerate([list(prompts), [prompts[0][:9], prompts[1][:40]], [prompts[1]], list(prompts * 0.5)]):
+        for seed, some in enumerate(
+            [list(prompts), [prompts[0][:9], prompts[1][:40]], [prompts[1]], list(prompts * 0.5)]
+        ):
             ids, logps = compiled(some, seed=seed)
             again, expected = eager(some, seed=seed)
             assert torch.equal(ids, again) and torch.allclose(logps, expected, atol=1e-4)

@@ -16,7 +16,7 @@ EOS = 5
 
 def text_of(ids):
     """The words before EOS; a completion that does not end says nothing."""
-    return " ".join(WORDS[i] for i in ids[:ids.index(EOS)]) if EOS in ids else ""
+    return " ".join(WORDS[i] for i in ids[: ids.index(EOS)]) if EOS in ids else ""
 
 
 def test_grpo_learns_which_word_to_say_and_to_stop():
@@ -28,13 +28,22 @@ def test_grpo_learns_which_word_to_say_and_to_stop():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     history = []
     for update in range(120):
-        ids, _ = sample(model, prompts, num_samples=16, max_new_tokens=4, eos_token_id=EOS, seed=update)
-        rewards = torch.tensor([[accuracy_reward(text_of(row), label) for row in group] for group, label in zip(ids.tolist(), WORDS)])
+        ids, _ = sample(
+            model, prompts, num_samples=16, max_new_tokens=4, eos_token_id=EOS, seed=update
+        )
+        rewards = torch.tensor(
+            [
+                [accuracy_reward(text_of(row), label) for row in group]
+                for group, label in zip(ids.tolist(), WORDS)
+            ]
+        )
         history.append(rewards.mean().item())
         advantages = group_advantages(rewards)
         for prompt, group, advantage in zip(prompts, ids, advantages):
             logps = completion_logps(model, prompt, group)
-            loss, _ = grpo_loss(logps, None, None, advantage, completion_mask(group, EOS), beta=0.0, total=64)
+            loss, _ = grpo_loss(
+                logps, None, None, advantage, completion_mask(group, EOS), beta=0.0, total=64
+            )
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()

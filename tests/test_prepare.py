@@ -1,8 +1,9 @@
-"""prepare.py: miniature trees of each data set's layout, read back through read_manifest; and what it refuses.
+"""prepare.py: miniature trees of each data set's layout, read back, and what it refuses.
 
 Nothing is decoded here, so empty files are clips.
 """
 
+import errno
 import inspect
 import json
 import os
@@ -29,7 +30,7 @@ def write(path, text, encoding="utf-8"):
 
 
 def manifest(tmp_path, *flags):
-    """prepare.py with these flags (--root is tmp_path/set) -> examples, as the other scripts read them."""
+    """prepare.py with these flags (--root is tmp_path/set) -> examples, as read back."""
     out = tmp_path / "manifests" / "out.json"
     prepare.main([flags[0], "--root", str(tmp_path / "set"), "--out", str(out), *flags[1:]])
     return read_manifest(out)
@@ -47,16 +48,18 @@ def refusal(tmp_path, *flags):
     return str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------ dfew
+# ------------------------------------------------------------------------------------------------
+# dfew
 
 
 @pytest.fixture
 def dfew(tmp_path):
-    """Seven clips, one of each label, half of them with zeros in front; fold 2 for testing has the last alone."""
+    """Seven clips, one of each label, half with zeros in front; fold 2 for testing: the last."""
     split = tmp_path / "set" / "EmoLabel_DataSplit"
     lines = "".join(f"{n},{n}\n" for n in range(1, 8))
     write(split / "train(single-labeled)" / "set_1.csv", f"video_name,label\n{lines}")
-    write(split / "test(single-labeled)" / "set_2.csv", "video_name,label\r\n00007,7\r\n", "utf-8-sig")
+    table = "video_name,label\r\n00007,7\r\n"
+    write(split / "test(single-labeled)" / "set_2.csv", table, "utf-8-sig")
     clips = tmp_path / "set" / "Clip" / "original"
     touch(*(clips / f"{n}.mp4" for n in (1, 2, 3)), *(clips / f"{n:05d}.mp4" for n in (4, 5, 6, 7)))
     return tmp_path
@@ -64,8 +67,15 @@ def dfew(tmp_path):
 
 def test_dfew_labels_and_both_spellings_of_clips(dfew, capsys):
     examples = manifest(dfew, "dfew", "--split", "train")
-    assert labels(examples) == {"1.mp4": "happy", "2.mp4": "sad", "3.mp4": "neutral", "00004.mp4": "angry",
-                                "00005.mp4": "surprise", "00006.mp4": "disgust", "00007.mp4": "fear"}
+    assert labels(examples) == {
+        "1.mp4": "happy",
+        "2.mp4": "sad",
+        "3.mp4": "neutral",
+        "00004.mp4": "angry",
+        "00005.mp4": "surprise",
+        "00006.mp4": "disgust",
+        "00007.mp4": "fear",
+    }
     assert {(e.question, e.modality) for e in examples} == {(QUESTION_REASONING, "video_audio")}
     printed = capsys.readouterr().out.splitlines()
     assert [line.split() for line in printed[:2]] == [["angry", "1"], ["disgust", "1"]]
@@ -75,7 +85,8 @@ def test_dfew_labels_and_both_spellings_of_clips(dfew, capsys):
 def test_dfew_split_and_fold_choose_the_list(dfew):
     assert labels(manifest(dfew, "dfew", "--split", "test", "--fold", "2")) == {"00007.mp4": "fear"}
     (dfew / "manifests" / "out.json").unlink()
-    assert "test(single-labeled)/set_1.csv: no such file" in refusal(dfew, "dfew", "--split", "test")
+    message = refusal(dfew, "dfew", "--split", "test")
+    assert "test(single-labeled)/set_1.csv: no such file" in message
 
 
 def test_label_question(dfew):
@@ -90,39 +101,67 @@ def test_missing_clips_are_an_error_or_left_out(dfew, capsys):
     assert message.startswith("5 of 7 clips are missing") and "--skip-missing" in message
     assert message.count(".mp4") == 3 and "00001.mp4, " in message and ", ...;" in message
 
-    assert list(labels(manifest(dfew, "dfew", "--split", "train", "--skip-missing"))) == ["00006.mp4", "00007.mp4"]
+    examples = manifest(dfew, "dfew", "--split", "train", "--skip-missing")
+    assert list(labels(examples)) == ["00006.mp4", "00007.mp4"]
     printed = capsys.readouterr().out
-    assert [line[-9:] for line in printed.splitlines() if line.startswith("missing")] == [f"{n:05d}.mp4" for n in (1, 2, 3, 4, 5)]
-    assert printed.splitlines()[-1].split()[:4] == ["all", "2", "5", "missing"] and "happy" not in printed
+    missing = [line[-9:] for line in printed.splitlines() if line.startswith("missing")]
+    assert missing == [f"{n:05d}.mp4" for n in (1, 2, 3, 4, 5)]
+    assert printed.splitlines()[-1].split()[:4] == ["all", "2", "5", "missing"]
+    assert "happy" not in printed
 
 
 def test_nothing_left_is_an_error(dfew):
     for clip in (dfew / "set" / "Clip" / "original").iterdir():
         clip.unlink()
-    assert "7 clips are listed for dfew, none" in refusal(dfew, "dfew", "--split", "train", "--skip-missing")
+    message = refusal(dfew, "dfew", "--split", "train", "--skip-missing")
+    assert "7 clips are listed for dfew, none" in message
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("video_name,label\n1,1\n2,8\n", "set_1.csv: line 3: unknown label '8'; known are 1, 2,"),
-    ("video_name,label\n1\n", "set_1.csv: line 2: should have 2 fields"),
-    ("video_name,label\n1,1,1\n", "set_1.csv: line 2: should have 2 fields"),
-    ("video_name,label\nface.mp4,1\n", "set_1.csv: line 2: video_name 'face.mp4' should be the number"),
-    ("video_name,label\n1,\"1\n2,2\n", "set_1.csv: line 2: unexpected end of data; is a quote missing"),
-    ("order,label\n1,1\n", "set_1.csv: line 1: columns are order,label, should be video_name,label"),
-    ("", "set_1.csv: line 1: columns are missing"),
-])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("video_name,label\n1,1\n2,8\n", "set_1.csv: line 3: unknown label '8'; known are 1, 2,"),
+        ("video_name,label\n1\n", "set_1.csv: line 2: should have 2 fields"),
+        ("video_name,label\n1,1,1\n", "set_1.csv: line 2: should have 2 fields"),
+        (
+            "video_name,label\nface.mp4,1\n",
+            "set_1.csv: line 2: video_name 'face.mp4' should be the number",
+        ),
+        (
+            'video_name,label\n1,"1\n2,2\n',
+            "set_1.csv: line 2: unexpected end of data; is a quote missing",
+        ),
+        (
+            "order,label\n1,1\n",
+            "set_1.csv: line 1: columns are order,label, should be video_name,label",
+        ),
+        ("", "set_1.csv: line 1: columns are missing"),
+    ],
+)
 def test_malformed_csv(dfew, text, expected):
     write(dfew / "set" / "EmoLabel_DataSplit" / "train(single-labeled)" / "set_1.csv", text)
     assert expected in refusal(dfew, "dfew", "--split", "train")
 
 
-# ------------------------------------------------------------------------------------------------ mafw
+# ------------------------------------------------------------------------------------------------
+# mafw
 
 
 @pytest.fixture
 def mafw(tmp_path):
-    words = ["anger", "disgust", "fear", "happiness", "neutral", "sadness", "surprise", "contempt", "anxiety", "helplessness",
-             "disappointment"]
+    words = [
+        "anger",
+        "disgust",
+        "fear",
+        "happiness",
+        "neutral",
+        "sadness",
+        "surprise",
+        "contempt",
+        "anxiety",
+        "helplessness",
+        "disappointment",
+    ]
     lists = tmp_path / "set" / "Train & Test Set" / "single" / "no_caption" / "set_1"
     write(lists / "train.txt", "".join(f"{n:05d}.mp4 {word}\n" for n, word in enumerate(words)))
     write(lists / "test.txt", "00003.mp4 happiness\n\n")
@@ -132,19 +171,34 @@ def mafw(tmp_path):
 
 def test_mafw_maps_all_label_words(mafw):
     examples = manifest(mafw, "mafw", "--split", "train", "--fold", "1")
-    assert [e.answer for e in examples] == ["angry", "disgust", "fear", "happy", "neutral", "sad", "surprise", "contemptuous",
-                                            "anxious", "helpless", "disappointed"]
+    assert [e.answer for e in examples] == [
+        "angry",
+        "disgust",
+        "fear",
+        "happy",
+        "neutral",
+        "sad",
+        "surprise",
+        "contemptuous",
+        "anxious",
+        "helpless",
+        "disappointed",
+    ]
     assert [e.video.name for e in examples] == [f"{n:05d}.mp4" for n in range(11)]
     assert labels(manifest(mafw, "mafw", "--split", "test")) == {"00003.mp4": "happy"}
 
 
-@pytest.mark.parametrize("line, expected", [
-    ("00001.mp4 joy", "train.txt: line 2: unknown label 'joy'; known are anger,"),
-    ("00001.mp4", "train.txt: line 2: should be like \"00025.mp4 anger\", is '00001.mp4'"),
-    ("00001.mp4 anger fear", "train.txt: line 2: should be like"),
-])
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("00001.mp4 joy", "train.txt: line 2: unknown label 'joy'; known are anger,"),
+        ("00001.mp4", "train.txt: line 2: should be like \"00025.mp4 anger\", is '00001.mp4'"),
+        ("00001.mp4 anger fear", "train.txt: line 2: should be like"),
+    ],
+)
 def test_malformed_list(mafw, line, expected):
-    write(mafw / "set" / "Train & Test Set" / "single" / "no_caption" / "set_1" / "train.txt", f"00000.mp4 anger\n{line}\n")
+    lists = mafw / "set" / "Train & Test Set" / "single" / "no_caption" / "set_1"
+    write(lists / "train.txt", f"00000.mp4 anger\n{line}\n")
     assert expected in refusal(mafw, "mafw", "--split", "train")
 
 
@@ -152,38 +206,54 @@ def test_malformed_list(mafw, line, expected):
 @pytest.mark.parametrize("fold", ["0", "6"])
 def test_wrong_fold(tmp_path, name, fold):
     (tmp_path / "set").mkdir()
-    assert refusal(tmp_path, name, "--split", "train", "--fold", fold) == f"--fold {fold}: there are folds 1 to 5"
+    message = refusal(tmp_path, name, "--split", "train", "--fold", fold)
+    assert message == f"--fold {fold}: there are folds 1 to 5"
 
 
-# ------------------------------------------------------------------------------------------------ ravdess
+# ------------------------------------------------------------------------------------------------
+# ravdess
 
 
 @pytest.fixture
 def ravdess(tmp_path):
-    """Actors 1, 2, 3 and 24: one clip per emotion with sound and picture, and the same as other kinds."""
+    """Actors 1, 2, 3 and 24: a clip per emotion with sound and picture, and other kinds.
+
+    Kinds: speech; without sound; without picture; song. Beside them files that are no clips.
+    """
     for actor in (1, 2, 3, 24):
         folder = tmp_path / "set" / f"Actor_{actor:02d}"
-        for kind in ("01-01", "02-01", "03-01", "01-02"):  # speech; without sound; without picture; song
-            touch(*(folder / f"{kind}-{emotion:02d}-01-01-01-{actor:02d}.mp4" for emotion in range(1, 9)))
-        touch(folder / f"._01-01-01-01-01-01-{actor:02d}.mp4", folder / f"03-01-01-01-01-01-{actor:02d}.wav")
+        for kind in ("01-01", "02-01", "03-01", "01-02"):
+            for emotion in range(1, 9):
+                touch(folder / f"{kind}-{emotion:02d}-01-01-01-{actor:02d}.mp4")
+        touch(folder / f"._01-01-01-01-01-01-{actor:02d}.mp4")
+        touch(folder / f"03-01-01-01-01-01-{actor:02d}.wav")
     return tmp_path
 
 
 def test_ravdess_takes_speech_with_sound_and_picture(ravdess, capsys):
     examples = manifest(ravdess, "ravdess", "--actors", "2")
-    assert labels(examples) == {f"01-01-{n:02d}-01-01-01-02.mp4": label for n, label in enumerate(
-        ["neutral", "calm", "happy", "sad", "angry", "fear", "disgust", "surprise"], start=1)}
-    assert "Actor_02 holds 8 speech clips with sound, the published one 60" in capsys.readouterr().out
+    words = ["neutral", "calm", "happy", "sad", "angry", "fear", "disgust", "surprise"]
+    expected = {f"01-01-{n:02d}-01-01-01-02.mp4": word for n, word in enumerate(words, start=1)}
+    assert labels(examples) == expected
+    printed = capsys.readouterr().out
+    assert "Actor_02 holds 8 speech clips with sound, the published one 60" in printed
 
 
-@pytest.mark.parametrize("flags, expected", [
-    ((), [1, 2, 3, 24]), (("--actors", "1-3"), [1, 2, 3]), (("--actors", "24,1"), [1, 24]), (("--actors", "2-3,24"), [2, 3, 24]),
-    (("--actors", "1", "3"), [1, 3]),
-])
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ((), [1, 2, 3, 24]),
+        (("--actors", "1-3"), [1, 2, 3]),
+        (("--actors", "24,1"), [1, 24]),
+        (("--actors", "2-3,24"), [2, 3, 24]),
+        (("--actors", "1", "3"), [1, 3]),
+    ],
+)
 def test_ravdess_actors(ravdess, flags, expected):
     examples = manifest(ravdess, "ravdess", *flags)
     assert len(examples) == 8 * len(expected)
-    assert [e.video.parent.name for e in examples[::8]] == [f"Actor_{actor:02d}" for actor in expected]
+    folders = [e.video.parent.name for e in examples[::8]]
+    assert folders == [f"Actor_{actor:02d}" for actor in expected]
 
 
 def test_ravdess_refuses_actors_that_are_not_there(ravdess):
@@ -192,10 +262,14 @@ def test_ravdess_refuses_actors_that_are_not_there(ravdess):
     assert "has no folder Actor_04" in refusal(ravdess, "ravdess", "--actors", "1-4")
 
 
-@pytest.mark.parametrize("name, expected", [
-    ("01-01-09-01-01-01-01.mp4", "unknown label '09'"), ("01-01-01.mp4", "seven two-digit numbers"),
-    ("01-01-01-01-01-01-02.mp4", "seven two-digit numbers, the last of them 01"),
-])
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("01-01-09-01-01-01-01.mp4", "unknown label '09'"),
+        ("01-01-01.mp4", "seven two-digit numbers"),
+        ("01-01-01-01-01-01-02.mp4", "seven two-digit numbers, the last of them 01"),
+    ],
+)
 def test_ravdess_refuses_other_names(ravdess, name, expected):
     touch(ravdess / "set" / "Actor_01" / name)
     message = refusal(ravdess, "ravdess", "--actors", "1")
@@ -207,7 +281,8 @@ def test_ravdess_in_the_wrong_folder(tmp_path):
     assert "holds no folder Actor_01" in refusal(tmp_path, "ravdess")
 
 
-# ------------------------------------------------------------------------------------------------ emer
+# ------------------------------------------------------------------------------------------------
+# emer
 
 FIRST = """names,emotions,subtitles,reasons
 sample_1,angry,Go.,"In the video, he said ""go"". He is happy elsewhere."
@@ -224,7 +299,8 @@ sample_4,她害怕。,She fears nothing; her disappointment shows
 
 @pytest.fixture
 def emer(tmp_path):
-    touch(tmp_path / "set" / "sample_1.mp4", *(tmp_path / "set" / f"sample_{n}.avi" for n in (2, 3, 4)))
+    names = ["sample_1.mp4", "sample_2.avi", "sample_3.avi", "sample_4.avi"]
+    touch(*(tmp_path / "set" / name for name in names))
     return tmp_path
 
 
@@ -233,11 +309,14 @@ def test_emer_first_version(emer, encoding):
     write(emer / "set" / "gt.csv", FIRST, encoding)
     examples = manifest(emer, "emer")
     assert labels(examples) == {
-        "sample_1.mp4": "<think>In the video, he said \"go\". He is happy elsewhere.</think>\n<answer>angry</answer>",
+        "sample_1.mp4": '<think>In the video, he said "go". He is happy elsewhere.</think>\n'
+        "<answer>angry</answer>",
         "sample_2.avi": "<think>She frowns.</think>\n<answer>worried</answer>",
-        "sample_3.avi": "<think>She smiles.</think>\n<answer>happy</answer>"}
+        "sample_3.avi": "<think>She smiles.</think>\n<answer>happy</answer>",
+    }
     assert {e.question for e in examples} == {QUESTION_REASONING}
-    assert [e.answer for e in manifest(emer, "emer", "--question", "label")] == ["angry", "worried", "happy"]
+    answers = [e.answer for e in manifest(emer, "emer", "--question", "label")]
+    assert answers == ["angry", "worried", "happy"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
@@ -245,18 +324,23 @@ def test_emer_first_version(emer, encoding):
 def test_emer_second_version(emer, column, encoding, capsys):
     write(emer / "set" / "gt.csv", SECOND.format(column), encoding)
     assert labels(manifest(emer, "emer")) == {
-        "sample_1.mp4": "<think>He looks sad at first. Therefore he feels joyful.</think>\n<answer>happy</answer>",
+        "sample_1.mp4": "<think>He looks sad at first. Therefore he feels joyful.</think>\n"
+        "<answer>happy</answer>",
         "sample_2.avi": "<think>Her voice is calm, full of Anger.</think>\n<answer>angry</answer>",
-        "sample_4.avi": "<think>She fears nothing; her disappointment shows</think>\n<answer>disappointed</answer>"}
+        "sample_4.avi": "<think>She fears nothing; her disappointment shows</think>\n"
+        "<answer>disappointed</answer>",
+    }
     printed = capsys.readouterr().out
     assert "1 of 4 entries left out" in printed and "sample_3" in printed
     assert printed.splitlines()[-1].split()[:2] == ["all", "3"]
 
 
 def test_emer_without_word_or_text_is_left_out(emer, capsys):
-    write(emer / "set" / "gt.csv", "names,emotions,subtitles,reasons\nsample_1,[],,He.\nsample_2,sad,, \nsample_3,sad,,She.\n")
+    rows = "sample_1,[],,He.\nsample_2,sad,, \nsample_3,sad,,She.\n"
+    write(emer / "set" / "gt.csv", f"names,emotions,subtitles,reasons\n{rows}")
     assert list(labels(manifest(emer, "emer"))) == ["sample_3.avi"]
-    assert "2 of 3 entries left out, without a text or an emotion word: sample_1, sample_2\n" in capsys.readouterr().out
+    left_out = "2 of 3 entries left out, without a text or an emotion word: sample_1, sample_2\n"
+    assert left_out in capsys.readouterr().out
 
 
 def test_emer_csv_and_clips_elsewhere(emer):
@@ -265,9 +349,11 @@ def test_emer_csv_and_clips_elsewhere(emer):
     (emer / "set").mkdir()
     flags = "emer", "--csv", str(table)
     message = refusal(emer, *flags)
-    assert message.startswith("3 of 3 clips are missing") and "--videos" in message and "sample_1.mp4" in message
+    assert message.startswith("3 of 3 clips are missing")
+    assert "--videos" in message and "sample_1.mp4" in message
     examples = manifest(emer, *flags, "--videos", str(emer / "clips"))
-    assert examples[0].video.resolve() == emer.resolve() / "clips" / "sample_1.mp4" and len(examples) == 3
+    assert examples[0].video.resolve() == emer.resolve() / "clips" / "sample_1.mp4"
+    assert len(examples) == 3
 
 
 def test_emer_refusals(emer):
@@ -276,7 +362,9 @@ def test_emer_refusals(emer):
     table = write(emer / "set" / "a.csv", "names,emotions,subtitles,reasons\n ,sad,,He.\n")
     assert "a.csv: line 2: the clip's name is empty" in refusal(emer, "emer")
     write(table, "names,emotions\nsample_1,sad\n")
-    assert "a.csv: line 1: columns are names,emotions, should be names,emotions,reasons or name,english" in refusal(emer, "emer")
+    wanted = "names,emotions,reasons or name,english"
+    expected = f"a.csv: line 1: columns are names,emotions, should be {wanted}"
+    assert expected in refusal(emer, "emer")
     write(table, "names,emotions,subtitles,reasons\nsample_1,sad,,So <answer>sad</answer>\n")
     assert "sample_1.mp4: its text has <think> or <answer> tags" in refusal(emer, "emer")
     write(table, SECOND.format("name"), "utf-16")
@@ -285,25 +373,30 @@ def test_emer_refusals(emer):
     assert "holds 2 csv files" in refusal(emer, "emer")
 
 
-# ------------------------------------------------------------------------------------------------ all of them
+# ------------------------------------------------------------------------------------------------
+# all of them
 
 
 def test_flags_of_other_sets_are_refused_not_ignored(tmp_path):
     (tmp_path / "set").mkdir()
-    assert refusal(tmp_path, "ravdess", "--split", "train") == "ravdess has no --split; it takes --actors"
-    assert refusal(tmp_path, "mafw", "--split", "test", "--actors", "1") == "mafw has no --actors; it takes --split, --fold"
+    message = refusal(tmp_path, "ravdess", "--split", "train")
+    assert message == "ravdess has no --split; it takes --actors"
+    message = refusal(tmp_path, "mafw", "--split", "test", "--actors", "1")
+    assert message == "mafw has no --actors; it takes --split, --fold"
     assert refusal(tmp_path, "dfew") == "dfew needs --split"
 
 
 def test_wrong_folders(mafw):
-    with pytest.raises(DataError, match="nowhere: no such folder; --root should be where mafw lies"):
-        prepare.main(["mafw", "--root", str(mafw / "nowhere"), "--out", str(mafw / "m.json"), "--split", "test"])
+    flags = ["mafw", "--split", "test"]
+    nowhere = "nowhere: no such folder; --root should be where mafw lies"
+    with pytest.raises(DataError, match=nowhere):
+        prepare.main([*flags, "--root", str(mafw / "nowhere"), "--out", str(mafw / "m.json")])
     with pytest.raises(DataError, match="is a folder; --out should be"):
-        prepare.main(["mafw", "--root", str(mafw / "set"), "--out", str(mafw), "--split", "test"])
+        prepare.main([*flags, "--root", str(mafw / "set"), "--out", str(mafw)])
 
 
 def test_paths_are_relative_to_the_manifest_even_through_links(mafw, monkeypatch):
-    """Both folders can be moved together, and a link to the manifest's folder does not lead "../" astray."""
+    """Both folders can be moved together; a link to the manifest's does not lead "../" astray."""
     (mafw / "deep" / "er").mkdir(parents=True)
     (mafw / "link").symlink_to(mafw / "deep" / "er", target_is_directory=True)
     monkeypatch.chdir(mafw)
@@ -317,10 +410,10 @@ def test_a_failed_write_leaves_the_old_manifest(mafw, monkeypatch):
     manifest(mafw, "mafw", "--split", "test")
 
     def fail(*_):
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match="disk full: .*out.json'"):
         manifest(mafw, "mafw", "--split", "train")
     assert len(read_manifest(mafw / "manifests" / "out.json")) == 1
 
@@ -338,17 +431,21 @@ def test_adding_a_set_is_one_function(tmp_path, monkeypatch):
 
 
 def test_script_prints_one_line_and_exits_with_2(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["prepare.py", "mafw", "--root", str(tmp_path), "--split", "train", "--out", "m.json"])
+    flags = ["mafw", "--root", str(tmp_path), "--split", "train", "--out", "m.json"]
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *flags])
+    # In this process: a new one would only import torch again.
     with pytest.raises(SystemExit) as exit:
-        runpy.run_path(str(ROOT / "prepare.py"), run_name="__main__")  # a new process would only import torch again
+        runpy.run_path(str(ROOT / "prepare.py"), run_name="__main__")
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
     assert "Train & Test Set/single/no_caption/set_1/train.txt: no such file" in error
 
 
 def test_run_lines_of_the_manual_are_valid():
-    lines = [line.split()[1:] for line in prepare.__doc__.splitlines() if line.startswith("    python ")]
+    lines = [line for line in prepare.__doc__.splitlines() if line.startswith("    python ")]
     assert len(lines) == len(prepare.SETS)
-    for script, *flags in lines:
+    for line in lines:
+        _, script, *flags = line.split()
         args, given = prepare.parse_args(flags)
-        assert script == "prepare.py" and given.keys() <= inspect.signature(prepare.SETS[args.set]).parameters.keys()
+        assert script == "prepare.py"
+        assert given.keys() <= inspect.signature(prepare.SETS[args.set]).parameters.keys()

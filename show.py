@@ -1,0 +1,295 @@
+"""Pictures: what the model sees of a clip, how a run went, which emotions are taken for which.
+
+    python show.py clip CLIP --out seen.png                         frames and log-mel of a clip
+    python show.py curves runs/grpo/metrics.jsonl --out curves.png  rewards, KL, ... of a run
+    python show.py confusion RESULT.json --out confusion.png        truth against answer
+    python show.py clip --help                                      what each of them can be told
+
+CLIP is any media file, metrics.jsonl what train_grpo.py writes (and may still be writing), and
+RESULT.json what evaluate.py writes. The ending of --out chooses the format: .png, .pdf, .svg, ...
+"""
+
+import argparse
+import json
+import os
+import textwrap
+from pathlib import Path
+
+from media import HOP, SAMPLE_RATE, load_clip, log_mel, preprocess_frames
+from rewards import extract_answer
+from support.errors import DataError, naming, read_json, read_text, require
+from support.flags import run_script
+
+# The panels of draw_curves, after the rewards: title -> metrics.
+PANELS = {
+    "KL to the reference (nats per token)": ["kl"],
+    "entropy (nats per token)": ["entropy"],
+    "validation": ["val_war", "val_format"],
+    "completion length (tokens)": ["completion_length"],
+    "groups with equal rewards (share)": ["zero_spread"],
+    "gradient norm": ["grad_norm"],
+    "rollout against scoring (nats per token)": ["mismatch"],
+}
+
+
+def new_figure(width, height):
+    """An empty figure of so many inches, which needs no display.
+
+    matplotlib is imported here, and not at the top: the processes that decode clips read the main
+    script again when they start, and do not draw.
+    """
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def write_picture(figure, path, dpi):
+    """Write the figure to `path`, whole: a viewer never finds half of it.
+
+    dpi: pixels per inch. Raises DataError for a name that no picture can have; an OSError names it.
+    """
+    path = Path(path)
+    kind = path.suffix[1:].lower() or "png"
+    known = sorted(figure.canvas.get_supported_filetypes())
+    require(kind in known, f"{path}: ends with none of .{', .'.join(known)}")
+    require(not path.is_dir(), f"{path}: is a folder; give the picture a name, such as seen.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    with naming(path):
+        try:
+            figure.savefig(partial, format=kind, dpi=dpi)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# What the model sees of a clip
+
+
+def draw_seen(path, out, num_frames=8, size=224, n_mels=128, fit="pad"):
+    """Draw a clip's frames and log-mel, both as the towers get them, into the picture `out`.
+
+    num_frames: T; size: pixels of a side; fit: "pad" or "squash". Raises ClipError.
+    """
+    frames, waveform = load_clip(path, num_frames)
+    figure = new_figure(max(8.5, 1.6 * num_frames), 4.4)
+    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.4))
+    if frames is None:
+        above.suptitle("no video stream", fontsize=10)
+    else:
+        draw_frames(above, preprocess_frames(frames, size, fit), fit)
+    if waveform is None:
+        below.suptitle("no audio stream", fontsize=10)
+    else:
+        draw_mel(below, log_mel(waveform, n_mels), len(waveform) / SAMPLE_RATE)
+    write_picture(figure, out, dpi=80)
+
+
+def draw_frames(figure, pixels, fit):
+    """pixels (T, 3, S, S), float in [-1, 1]: the frames side by side."""
+    axes = figure.subplots(1, len(pixels), squeeze=False)[0]
+    for number, (axis, frame) in enumerate(zip(axes, pixels)):
+        axis.imshow((frame.permute(1, 2, 0) / 2 + 0.5).numpy())
+        axis.set_axis_off()
+        axis.set_title(f"frame {number}", fontsize=8)
+    title = f"pixel_values {tuple(pixels.shape)}: {len(pixels)} frames spread over the clip, {fit}"
+    figure.suptitle(title, fontsize=10)
+
+
+def draw_mel(figure, mel, seconds):
+    """mel (n_mels, M), one column per 10 ms: the columns that `seconds` of sound fill."""
+    n_mels, columns = mel.shape
+    rate = SAMPLE_RATE // HOP
+    room = columns / rate
+    note = f"after {seconds:.1f} s silence up to {room:.0f} s"
+    if seconds >= room:
+        seconds = room
+        note = f"the first {room:.0f} s"
+    sound = mel[:, : max(1, round(rate * seconds))]
+    axis = figure.subplots()
+    axis.imshow(sound.numpy(), origin="lower", aspect="auto", extent=(0, seconds, 0, n_mels))
+    axis.set(xlabel="seconds", ylabel="mel band")
+    title = f"input_features {tuple(mel.shape)}: log-mel at {rate} frames a second; {note}"
+    figure.suptitle(title, fontsize=10)
+
+
+# ------------------------------------------------------------------------------------------------
+# How a run goes
+
+
+def group_text(update, example, completions, rewards, advantages):
+    """One prompt, and its group's best and worst completion, as text for the terminal.
+
+    example: data.Example; completions: G texts; rewards: {name: (G,)}; advantages (G,).
+    """
+    indent = " " * 11
+    label = extract_answer(example.answer)
+    lines = [f"\n── update {update} · {example.video} · label: {label}"]
+    lines += textwrap.wrap(
+        example.question, 100, initial_indent="   asked   ", subsequent_indent=indent
+    )
+    ranked = advantages.argsort(descending=True).tolist()
+    for i in (ranked[0], ranked[-1]):
+        parts = "  ".join(f"{name} {values[i].item():.3g}" for name, values in rewards.items())
+        lines.append(f"   {parts}  advantage {advantages[i].item():+.2f}")
+        lines.append(textwrap.indent(completions[i], indent))
+    return "\n".join(lines)
+
+
+def draw_curves(metrics, path):
+    """Draw the run so far as one picture. metrics: one dict per update, as in metrics.jsonl."""
+    newest = metrics[-1] if metrics else {}
+    components = [name for name in newest if name.startswith("reward_")]
+    panels = {"reward by component": components, **PANELS}
+    figure = new_figure(16, 6.5)
+    for axis, (title, names) in zip(figure.subplots(2, 4).flat, panels.items()):
+        axis.set(title=title, xlabel="update")
+        axis.grid(alpha=0.3)
+        draw_lines(axis, names, metrics)
+    write_picture(figure, path, dpi=110)
+
+
+def draw_lines(axis, names, metrics):
+    """One line per metric, over the updates that measured it."""
+    for name in names:
+        measured = [line for line in metrics if line.get(name) is not None]
+        updates = [line["update"] for line in measured]
+        values = [line[name] for line in measured]
+        # Few points are marked: a single one would not be seen.
+        marker = "o" if len(values) <= 20 else None
+        if measured:
+            axis.plot(updates, values, marker=marker, label=name)
+    if axis.lines:
+        axis.legend(fontsize=8)
+    else:
+        axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
+
+
+def read_metrics(path):
+    """metrics.jsonl of train_grpo.py -> one dict per update. Raises DataError."""
+    try:
+        # What follows the last newline is a line that is still being written.
+        whole = read_text(path).split("\n")[:-1]
+        lines = [json.loads(line) for line in whole]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: cannot be read as JSON lines ({error})") from error
+    updates = [line for line in lines if isinstance(line, dict) and "update" in line]
+    require(updates, f"{path}: holds no update yet; is it the metrics.jsonl of train_grpo.py?")
+    return updates
+
+
+# ------------------------------------------------------------------------------------------------
+# Which emotions are taken for which
+
+
+def confusion_counts(metrics):
+    """-> labels, and one list of counts per true label: answers with each label, then others."""
+    labels = list(metrics["recall"])
+    table = []
+    for label in labels:
+        answers = metrics["confusion"][label]
+        known = [answers.get(other, 0) for other in labels]
+        unknown = sum(answers.values()) - sum(known)
+        table.append([*known, unknown])
+    return labels, table
+
+
+def draw_confusion(metrics, path):
+    """Draw the confusion table; colour is the share of the row. metrics: evaluate.score's."""
+    labels, table = confusion_counts(metrics)
+    # No larger than a poster, also where every clip has a label of its own.
+    figure = new_figure(min(60, 1.5 + 0.7 * len(labels)), min(60, 1 + 0.6 * len(labels)))
+    axis = figure.subplots()
+    shares = [[count / max(1, sum(counts)) for count in counts] for counts in table]
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for y, counts in enumerate(table):
+        for x, count in enumerate(counts):
+            color = "white" if shares[y][x] > 0.5 else "black"
+            if count:
+                axis.text(x, y, count, ha="center", va="center", fontsize=8, color=color)
+    # Labels are texts of the user: a $ in them is no mathematics.
+    axis.set_xticks(
+        range(len(labels) + 1), [*labels, "unknown"], rotation=45, ha="right", parse_math=False
+    )
+    axis.set_yticks(range(len(labels)), labels, parse_math=False)
+    title = f"WAR {100 * metrics['war']:.1f}, UAR {100 * metrics['uar']:.1f}"
+    axis.set(xlabel="answer", ylabel="truth", title=title)
+    write_picture(figure, path, dpi=110)
+
+
+def read_result(path):
+    """A results file of evaluate.py -> its metrics. Raises DataError."""
+    result = read_json(Path(path))
+    metrics = result.get("metrics") if isinstance(result, dict) else None
+    needed = {"war", "uar", "recall", "confusion"}
+    good = isinstance(metrics, dict) and needed <= metrics.keys()
+    require(
+        good, f"{path}: is no result of evaluate.py, whose metrics are WAR, UAR, confusion, ..."
+    )
+    return metrics
+
+
+# ------------------------------------------------------------------------------------------------
+# The script
+
+
+def parse_args(argv=None):
+    """Command line -> what to draw (args.picture), from what, and where to."""
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    pictures = parser.add_subparsers(dest="picture", required=True)
+
+    clip = pictures.add_parser("clip", help="frames and log-mel of a clip, as the towers get them")
+    clip.add_argument("clip", help="a media file")
+    clip.add_argument("--out", default="seen.png", help="the picture (default: seen.png)")
+    clip.add_argument(
+        "--frames",
+        type=int,
+        default=8,
+        choices=range(1, 65),
+        metavar="1..64",
+        help="frames the model takes (default: 8; the toy's takes 4)",
+    )
+    clip.add_argument(
+        "--size",
+        type=int,
+        default=224,
+        choices=range(16, 1025),
+        metavar="16..1024",
+        help="pixels of a side (default: 224; the toy's are 64)",
+    )
+    clip.add_argument(
+        "--fit",
+        default="pad",
+        choices=("pad", "squash"),
+        help="how frames become square (default: pad)",
+    )
+
+    curves = pictures.add_parser("curves", help="the metrics of a run of train_grpo.py")
+    curves.add_argument("metrics", help="its metrics.jsonl")
+    curves.add_argument("--out", default="curves.png", help="the picture (default: curves.png)")
+
+    confusion = pictures.add_parser("confusion", help="truth against answer")
+    confusion.add_argument("result", help="a results file of evaluate.py")
+    confusion.add_argument(
+        "--out", default="confusion.png", help="the picture (default: confusion.png)"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.picture == "clip":
+        draw_seen(args.clip, args.out, args.frames, args.size, fit=args.fit)
+    if args.picture == "curves":
+        draw_curves(read_metrics(args.metrics), args.out)
+    if args.picture == "confusion":
+        draw_confusion(read_result(args.result), args.out)
+    print(f"written: {args.out}")
+
+
+if __name__ == "__main__":
+    run_script(main)

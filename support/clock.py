@@ -1,0 +1,37 @@
+"""Where a step's time goes: seconds per phase.
+
+@timed("rollout")                   # also: with timed("rollout"): ...
+def sample_groups(...): ...
+
+metrics |= lap()                    # {"seconds": 1.9, "seconds_rollout": 0.4, ...}
+"""
+
+import contextlib
+import time
+from collections import Counter
+
+import torch
+
+_seconds = Counter()
+_start = time.perf_counter()
+
+
+@contextlib.contextmanager
+def timed(phase):
+    """What happens inside belongs to `phase`; a phase that returns adds up."""
+    start = time.perf_counter()
+    yield
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # otherwise the time would show up in a later phase
+    _seconds[phase] += time.perf_counter() - start
+
+
+def lap():
+    """The phases since the last call, and all seconds since then, as metrics."""
+    global _start
+    now = time.perf_counter()
+    metrics = {"seconds": now - _start}
+    metrics |= {f"seconds_{phase}": seconds for phase, seconds in _seconds.items()}
+    _seconds.clear()
+    _start = now
+    return metrics

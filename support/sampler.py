@@ -1,0 +1,27 @@
+"""The sampler of a training run."""
+
+import torch
+
+from data import longest_prompt
+from generate import Decoding, Sampler
+from support.precision import autocast, compute_dtype
+
+
+def make_sampler(omni, examples, prompts, config):
+    """A sampler for so many prompts at a time. Its buffers are the largest thing of all."""
+    dtype = compute_dtype(omni.model.device)
+    sampler = Sampler(
+        omni.model,
+        prompts,
+        config.group,
+        longest_prompt(omni, examples),
+        Decoding(config.max_new_tokens, eos_token_id=omni.tokenizer.eos_token_ids),
+        # In float32 the policy itself is sampled from.
+        copy=None if dtype == torch.float32 else omni.model.trainable_copy(dtype),
+        compiled=config.compile and omni.model.device.type == "cuda",
+    )
+    if sampler.compiled:
+        print("compiling the sampling step: minutes, once per run")
+    with autocast(omni.model):
+        sampler.warm_up()
+    return sampler

@@ -1,0 +1,85 @@
+"""What is said about a GRPO update: the check of the first, a line of metrics, a group as text."""
+
+import torch
+from tqdm import tqdm
+
+from show import group_text
+from support.clock import lap
+from support.ranks import mean_over_ranks, sum_over_ranks
+
+# How far two passes over the same tokens may differ in log-probability, mean over the tokens of the
+# first update, before they count as two different models.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+# Metrics on the progress bar.
+SHOWN = ("reward_accuracy", "reward_format", "kl", "completion_length", "tokens_per_second")
+
+
+def mean_gap(a, b, mask):
+    """Mean |a - b| over the tokens of the mask, on all ranks; NaN where one is not known."""
+    gaps = (a - b)[mask].abs()
+    known = ~gaps.isnan()
+    sums = {"gap": gaps[known].sum().item(), "tokens": int(known.sum())}
+    sums = sum_over_ranks(sums)
+    return sums["gap"] / sums["tokens"] if sums["tokens"] else float("nan")
+
+
+def check_first_update(rollout, dtype):
+    """Before the policy has moved, rollout, scoring and reference must agree on every token."""
+    gaps = {"scoring": rollout.old_logps, "reference": rollout.ref_logps}
+    for name, logps in gaps.items():
+        if logps is None:
+            continue
+        gap = mean_gap(logps, rollout.sampled_logps, rollout.mask)
+        if gap > TOLERANCE[dtype]:  # a NaN is found later, with what led to it
+            raise RuntimeError(
+                f"the first update's log-probabilities of rollout and {name} differ by {gap:.2e} "
+                f"per token on average (tolerance for {dtype}: {TOLERANCE[dtype]}): they are not "
+                "the same model"
+            )
+
+
+def story_of(update, rollout):
+    """What went into an update and what came out, JSON-able."""
+    return {
+        "update": update,
+        "prompts": rollout.batch.examples,
+        "completions": rollout.texts,
+        "rewards": {name: values.tolist() for name, values in rollout.rewards.items()},
+    }
+
+
+def log_line(update, rollout, steps):
+    """One line of metrics.jsonl, about the whole update, on all ranks.
+
+    steps: the metrics of each of the rollout's optimizer steps, which are averaged."""
+    rewards, lengths = rollout.rewards, rollout.mask.sum(-1)  # (B, G) each
+    total = sum(rewards.values())
+    mean_logps = (rollout.sampled_logps * rollout.mask).sum(-1) / lengths
+    per_completion = {"reward": total}
+    per_completion |= {f"reward_{name}": values for name, values in rewards.items()}
+    per_completion |= {
+        "entropy": -mean_logps,
+        "completion_length": lengths,
+        "truncated": ~rollout.ended,
+        "zero_spread": (total == total[:, :1]).all(dim=1),
+    }
+    means = {name: values.float().mean().item() for name, values in per_completion.items()}
+    means = mean_over_ranks(means, len(rollout.batch))
+    optimized = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+    if rollout.ref_logps is None:
+        optimized["kl"] = None  # not 0 but unknown
+    mismatch = mean_gap(rollout.old_logps, rollout.sampled_logps, rollout.mask)
+    line = {"update": update, **means, **optimized, "mismatch": mismatch, **lap()}
+    tokens = sum_over_ranks({"tokens": int(lengths.sum())})["tokens"]
+    line["tokens_per_second"] = tokens / line["seconds"]
+    if torch.cuda.is_initialized():
+        line["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return line
+
+
+def show_group(update, rollout):
+    """Print the group that teaches most: its best and its worst completion."""
+    b = int(sum(rollout.rewards.values()).std(dim=1).argmax())
+    rewards = {name: values[b] for name, values in rollout.rewards.items()}
+    example, texts = rollout.batch.examples[b], rollout.texts[b]
+    tqdm.write(group_text(update, example, texts, rewards, rollout.advantages[b]))
