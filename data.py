@@ -24,6 +24,7 @@ A audio positions · D width of the language model; S image size.
 import functools
 import hashlib
 import math
+import os
 import zlib
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -46,6 +47,7 @@ from media import (
 )
 from rewards import extract_answer
 from support.ahead import load_ahead
+from support.clock import timed
 from support.errors import ClipError, DataError, is_file, read_json, require
 from support.ranks import WORLD
 from text import MODALITIES, QUESTION_LABEL, QUESTION_REASONING, BertTokenizer, Tokenizer
@@ -399,6 +401,7 @@ def encode(omni, clips, items, prompt_ids=None):
     )
 
 
+@timed("encode")
 def run_towers(model, items):
     """Put the towers' features into the items, in place of their media."""
     new = [item for item in items if item["video"] is None and item["audio"] is None]
@@ -416,7 +419,10 @@ def run_towers(model, items):
         if item["cache_file"]:
             features = {name: item[name] for name in ("video", "audio") if item[name] is not None}
             features = {name: f.cpu().contiguous() for name, f in features.items()}
-            save_tensors(features, item["cache_file"])
+            # Renamed when whole: other processes may read it at any time.
+            partial = item["cache_file"].with_suffix(f".{os.getpid()}")
+            save_tensors(features, partial)
+            os.replace(partial, item["cache_file"])
 
 
 def parts_of(batch, prompts):

@@ -1,13 +1,11 @@
 """Sampling: a whole update's completions at once, each prompt read once.
 
-    1. prefill     all B prompts in one forward; their keys and values go into buffers of fixed size
-    2. fan out     G rows per prompt, each drawing its own first token from its prompt's
-                   distribution
-    3. decode      one token for every row per step; a row attends to its prompt's keys (stored once
-                   for all G rows) and to its own, and nobody waits for the device between tokens
-    4. compact     when every prompt has half its rows done, the others move together and the batch
-                   halves
-    5. stop        when every row has met EOS, or at max_new_tokens
+    1. prefill    all B prompts in one forward; their keys and values go into fixed buffers
+    2. fan out    G rows per prompt, each drawing its own first token from its prompt's distribution
+    3. decode     one token for every row per step; a row attends to its prompt's keys (stored once
+                  for all G rows) and to its own, and nobody waits for the device between tokens
+    4. compact    when every prompt has half its rows done, the others move up: the batch halves
+    5. stop       when every row has met EOS, or at max_new_tokens
 
     ids = generate(model, prompts, num_samples=8, eos_token_id=tokenizer.eos_token_ids)
 
@@ -167,8 +165,7 @@ class Sampler:
 
     @torch.no_grad()
     def refresh(self):
-        """Copy the model's weights into the working copy, in place: what was captured stays
-        valid."""
+        """Copy the model's weights into the working copy, in place: captured steps stay valid."""
         if self.model is self.source:
             return
         for ours, theirs in zip(self.model.parameters(), self.source.parameters()):
@@ -255,8 +252,7 @@ class Sampler:
             layer.prompt_values[:given, :, : v.shape[2]] = v
         last = hidden[torch.arange(given, device=device), lengths[:given] - 1]  # (given, D)
 
-        # Rows 0..G-1 are prompt 0's, the next G prompt 1's, and so on. Places without a prompt are
-        # done.
+        # Rows 0..G-1 are prompt 0's, the next G prompt 1's, ... Places without a prompt are done.
         self.logits[: given * G] = self.model.logits(last).repeat_interleave(G, 0)
         self.lengths.copy_(lengths.repeat_interleave(G))
         self.row.copy_(torch.arange(B * G, device=device))
@@ -269,8 +265,7 @@ class Sampler:
 
     @torch.no_grad()
     def __call__(self, prompts, seed=None):
-        """Prompts as in `generate` -> ids (B, G, C), and the tokens' log-probabilities (B, G, C)
-        float32."""
+        """Prompts as in `generate` -> ids and log-probabilities (float32), (B, G, C) each."""
         prompts = list(prompts)
         given, longest = len(prompts), max(map(len, prompts))
         if given > self.B or longest > self.P:
@@ -299,8 +294,7 @@ class Sampler:
 
 
 def sample(model, prompts, num_samples, decoding, seed=None):
-    """As `generate`, with its settings as a Decoding -> ids (B, G, C), log-probabilities (B, G,
-    C)."""
+    """As `generate`, with a Decoding -> ids and their log-probabilities, (B, G, C) each."""
     prompts = list(prompts)
     longest = max(map(len, prompts))
     return Sampler(model, len(prompts), num_samples, longest, decoding)(prompts, seed)

@@ -11,7 +11,6 @@ its place. Shapes: T frames, S image size, h w a clip's size.
 
 import functools
 import itertools
-from pathlib import Path
 
 import av
 import numpy as np
@@ -89,7 +88,7 @@ def decode(path, wanted=1, want_video=True, want_audio=True):
     try:
         expect(is_file(path), "no such file")
         with _open(path) as container:
-            _check_claims(path, container)
+            _check_claims(container)
             video = _best_stream(container, "video")
             audio = _best_stream(container, "audio", related=video)
             expect(video or audio, "has neither video nor audio")
@@ -115,11 +114,11 @@ def _open(path):
     return av.open(f"file:{path}", options=options, **ANY_TITLE)
 
 
-def _check_claims(path, container):
+def _check_claims(container):
     """Refuse what says from the start that it is no clip."""
     is_list = PLAYLISTS & set(container.format.name.split(","))
     expect(not is_list, "is a playlist, which stands for other files; list those")
-    size, most = Path(path).stat().st_size >> 20, MAX_BYTES >> 20
+    size, most = (container.size or 0) >> 20, MAX_BYTES >> 20
     expect(size <= most, f"a file of {size} MiB, at most {most} are read; cut it")
     # Packets of the index, not the streams' counts: for PCM, those are of samples.
     packets = max((len(stream.index_entries) for stream in container.streams), default=0)
@@ -166,16 +165,19 @@ def _check_complete(container, stream, ends):
         expect(whole, "ends in the middle of a packet; is it cut off?")
     if not STATE_DURATION & set(name.split(",")):
         return
-    unit, start = float(stream.time_base), stream.start_time or 0
-    held = (ends.get(stream, start) - start) * unit
     # FFmpeg shortens the duration of avi and caf to what is there, but leaves their count.
-    stated = (stream.frames if name in ("avi", "caf") else stream.duration or 0) * unit
-    what = stream.type
-    expect(held + 0.1 >= 0.9 * stated, f"holds {held:.1f} of {stated:.1f} s of {what}; is it cut off?")
+    stated = stream.frames if name in ("avi", "caf") else stream.duration or 0
+    start = stream.start_time or 0
+    held = ends.get(stream, start) - start
+    _check_duration(held * stream.time_base, stated * stream.time_base, stream.type)
     # Some containers state only the duration of the longest stream.
-    longest = max((float(end * other.time_base) for other, end in ends.items()), default=0)
-    stated = (container.duration or 0) / av.time_base
-    expect(longest + 0.1 >= 0.9 * stated, f"holds {longest:.1f} of {stated:.1f} s; is it cut off?")
+    held = max((end * other.time_base for other, end in ends.items()), default=0)
+    _check_duration(held, (container.duration or 0) / av.time_base, "data")
+
+
+def _check_duration(held, stated, kind):
+    seconds = f"{float(held):.1f} of {float(stated):.1f} s of {kind}"
+    expect(held + 0.1 >= 0.9 * stated, f"holds {seconds}; is it cut off?")
 
 
 def _decoded(packets):

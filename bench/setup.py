@@ -98,13 +98,11 @@ class Bench:
     @functools.cached_property
     def prompt_ids(self):
         """Text around the two placeholders: P tokens in all once the media are in."""
-        P = self.flags.prompt_tokens
         media = self.model.prompt_length([VIDEO_TOKEN, AUDIO_TOKEN])
-        if P < media + 3:
-            raise ValueError(
-                f"--prompt-tokens must be at least {media + 3}: the media take {media}"
-            )
-        return [5, VIDEO_TOKEN, 6, AUDIO_TOKEN, *range(7, 5 + P - media)]
+        text = self.flags.prompt_tokens - media
+        if text < 3:
+            raise ValueError(f"--prompt-tokens must be at least {media + 3}: media take {media}")
+        return [5, VIDEO_TOKEN, 6, AUDIO_TOKEN, *range(7, 5 + text)]
 
     @torch.no_grad()
     def encode(self, clips):

@@ -11,7 +11,8 @@ import contextlib
 import os
 import signal
 import sys
-from multiprocessing import active_children
+from multiprocessing import active_children, resource_tracker
+from multiprocessing.connection import wait
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -63,6 +64,7 @@ def _signals_blocked():
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
+    resource_tracker.ensure_running()  # as starting it inside would unblock them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         yield
@@ -98,6 +100,7 @@ def load_ahead(dataset, order, workers):
         prefetch_factor=max(2, 16 // workers),
         multiprocessing_context=context,
         collate_fn=_as_it_is,
+        generator=torch.Generator(),  # whose seed is never used, in place of torch's own
     )
     others = set(active_children())
     with _signals_blocked():
@@ -107,7 +110,8 @@ def load_ahead(dataset, order, workers):
         atexit.register(process.kill)  # at the latest
     try:
         yield from items
-    except RuntimeError as error:
+    except (RuntimeError, OSError, EOFError) as error:
+        wait([process.sentinel for process in team], timeout=1)  # it may be dying just now
         dead = {process.pid: process.exitcode for process in team if process.exitcode is not None}
         if not dead:
             raise  # a mistake in this program, with the worker's traceback

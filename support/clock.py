@@ -18,12 +18,13 @@ _start = time.perf_counter()
 
 @contextlib.contextmanager
 def timed(phase):
-    """What happens inside belongs to `phase`; a phase that returns adds up."""
-    start = time.perf_counter()
+    """What happens inside belongs to `phase`, less the phases inside; one that returns adds up."""
+    start, before = time.perf_counter(), _seconds.total()
     yield
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()  # otherwise the time would show up in a later phase
-    _seconds[phase] += time.perf_counter() - start
+    inside = _seconds.total() - before
+    _seconds[phase] += time.perf_counter() - start - inside
 
 
 def lap():

@@ -35,7 +35,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from checkpoint import CheckpointError, save_tensors, sync
-from support.clock import timed
+from support.clock import lap, timed
 from support.errors import DataError, naming
 from support.flags import Common, flag
 from support.ranks import RANK, on_first_rank, rank_file, true_on_any_rank
@@ -132,7 +132,7 @@ def _check_ours(out, inputs):
     for path in inputs:
         if Path(path).resolve().is_relative_to(place):
             raise DataError(
-                f"{out}: holds an earlier run with {path}, which is to be read; choose another --out"
+                f"{out}: holds an earlier run with {path}, which this reads; choose another --out"
             )
 
 
@@ -391,6 +391,7 @@ class Run:
             total=total, initial=self.step, desc=title, unit="step", disable=RANK > 0
         ) as self.progress:
             for step in range(self.step + 1, total + 1):
+                lap()  # what came between two steps, as validation, belongs to neither
                 with timed("data"):
                     batch = next(batches, None)
                 if not true_on_any_rank(not batch):

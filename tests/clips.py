@@ -45,7 +45,7 @@ def write_clip(
         if audio:
             count = int(rate * (frames / 25 if seconds is None else seconds))
             wave = np.sin(2 * np.pi * frequency * np.arange(count) / rate)
-            _write_sound(out, streams["audio"], np.stack([level * wave for level in levels], 1))
+            write_sound(out, streams["audio"], np.stack([level * wave for level in levels], 1))
     return path
 
 
@@ -64,7 +64,7 @@ def write_picture(out, stream, picture, time):
     out.mux(stream.encode(frame))
 
 
-def _write_sound(out, stream, samples):
+def write_sound(out, stream, samples):
     """(samples, channels) of any number of channels: packed, as PyAV writes planes of up to 7."""
     rate, layout = stream.rate, stream.layout.name
     packed = samples.astype(np.float32).reshape(1, -1)

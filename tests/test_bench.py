@@ -1,48 +1,40 @@
-"""bench.py at small sizes: what it prints, what it does when a measure fails, and the lengths it forces."""
+"""bench/ at small sizes: what it prints, what it does when a measure fails, lengths it forces."""
 
+import importlib.util
 import json
 
-import bench
+import pytest
 import torch
-from arms import forced_lengths
 
-SIZES = [
-    "--prompt-tokens",
-    "200",
-    "--new-tokens",
-    "4",
-    "--completion",
-    "8",
-    "--repeats",
-    "1",
-    "--chunk",
-    "32",
-]
+from bench import __main__ as bench
+from bench.arms import forced_lengths
+
+SIZES = "--prompt-tokens 200 --new-tokens 4 --completion 8 --repeats 1 --chunk 32".split()
 
 
 def printed(capsys, *arguments):
+    """Exit code, and the JSON line."""
     code = bench.main([*SIZES, *arguments])
     return code, json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 def test_measures_that_need_no_other_package_run_on_a_cpu(capsys):
-    code, result = printed(capsys, "--only", "G7", "G10", "G9", "C2", "O3", "O6")
-    assert (
-        code == 0
-        and result["preset"] == "small"
-        and result["sizes"]["prompt_tokens"] == 200
-        and result["device"]
-    )
+    names = "G7 G10 G9 C2 O3 O6 O10".split()
+    code, result = printed(capsys, "--only", *names)
+    assert code == 0
+    assert result["preset"] == "small"
+    assert result["sizes"]["prompt_tokens"] == 200
+    assert result["device"]
     measures = result["measures"]
-    assert set(measures) == {"G7", "G10", "G9", "C2", "O3", "O6"}
-    assert (
-        measures["G7"]["ratio"] > 1
-        and "equal" in measures["G7"]["note"]
-        and measures["G7"]["met"] == "-"
-    )  # no GPU, no verdict
-    assert measures["C2"]["ours"] == 1 and measures["C2"]["met"] == "yes"
+    assert set(measures) == set(names)
+    assert measures["G7"]["ratio"] > 1
+    assert "equal" in measures["G7"]["note"]
+    assert measures["G7"]["met"] == "-"  # no GPU, no verdict
+    assert measures["C2"]["ours"] == 1
+    assert measures["C2"]["met"] == "yes"
     assert "lengths 4 on average, longest 8" in measures["G10"]["note"]
     assert measures["G9"]["status"] == "needs a GPU"
+    assert "equal" in measures["O10"]["note"]
 
 
 def test_a_measure_that_fails_or_whose_arms_disagree_is_said_and_the_others_go_on(
@@ -51,43 +43,56 @@ def test_a_measure_that_fails_or_whose_arms_disagree_is_said_and_the_others_go_o
     def disagrees(b):
         raise bench.Unequal("mean difference 1")
 
-    monkeypatch.setattr(
-        bench,
-        "MEASURES",
-        [
-            bench.Measure("X1", "breaks", lambda b: 1 / 0),
-            bench.Measure("X2", "disagrees", disagrees),
-            *(m for m in bench.MEASURES if m.name == "C2"),
-        ],
-    )
+    measures = [
+        bench.Measure("X1", "breaks", lambda b: 1 / 0),
+        bench.Measure("X2", "disagrees", disagrees),
+        *(measure for measure in bench.MEASURES if measure.name == "C2"),
+    ]
+    monkeypatch.setattr(bench, "MEASURES", measures)
     code, result = printed(capsys)
     assert code == 1
-    assert (
-        "ZeroDivisionError" in result["measures"]["X1"]["status"]
-        and "NOT EQUAL" in result["measures"]["X2"]["status"]
-    )
-    assert "ratio" not in result["measures"]["X2"] and result["measures"]["C2"]["status"] == "ok"
+    assert "ZeroDivisionError" in result["measures"]["X1"]["status"]
+    assert "NOT EQUAL" in result["measures"]["X2"]["status"]
+    assert "ratio" not in result["measures"]["X2"]
+    assert result["measures"]["C2"]["status"] == "ok"
+
+
+def test_padding_is_counted_and_only_live_tokens_reach_the_head(capsys):
+    """K2, at the full size's lengths: 16 groups of 8, evenly from 1 to 512."""
+    code, result = printed(capsys, "--only", "K2")
+    assert code == 0
+    measure = result["measures"]["K2"]
+    assert measure["met"] == "yes"
+    assert measure["ours"] <= 10  # percent
+    assert 40 < measure["other"] < 50  # each group padded to its longest completion
+    assert "rows of the head = live tokens" in measure["note"]
+
+
+def test_trl_is_compared_with_where_it_is_installed(capsys):
+    """T3: made only if asked for; without TRL it says how to get it."""
+    if importlib.util.find_spec("trl") is not None:
+        pytest.skip("TRL is installed")
+    code, result = printed(capsys, "--only", "T3")
+    assert code == 0
+    assert set(result["measures"]) == {"T3/toy", "T3/256"}
+    for measure in result["measures"].values():
+        assert measure["status"].startswith("needs trl: pip install trl==")
 
 
 def test_forced_lengths_are_the_same_list_with_the_mean_in_the_middle():
     lengths = forced_lengths(128, 512)
-    assert (
-        torch.equal(lengths, forced_lengths(128, 512))
-        and lengths.max() == 512
-        and lengths.min() == 1
-    )
+    assert torch.equal(lengths, forced_lengths(128, 512))
+    assert lengths.max() == 512
+    assert lengths.min() == 1
     assert abs(lengths.float().mean() - 256) < 1
 
 
-def test_what_fits_is_counted(capsys):
-    """One configuration, counted twice: more completions need more memory, checkpointing less."""
-    import fit
-    from torch._subclasses.fake_tensor import FakeTensorMode
+def test_what_fits_is_counted():
+    """One configuration, counted twice: more completions need more, checkpointing less."""
+    from bench.memory import Update, update_bytes
 
-    with FakeTensorMode():
-        plain, again, wide = (
-            sum(fit.update_bytes(1, G, 16, checkpointing=c).values())
-            for G, c in ((2, False), (2, True), (4, False))
-        )
+    plain = sum(update_bytes(Update(1, 2, 16)).values())
+    again = sum(update_bytes(Update(1, 2, 16, checkpointing=True)).values())
+    wide = sum(update_bytes(Update(1, 4, 16)).values())
     assert again < plain < wide
     assert 10 * 2**30 < plain < 20 * 2**30

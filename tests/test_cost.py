@@ -6,7 +6,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from grpo import completion_logps, token_logps
-from train_sft import set_trainable
+from support.optimizer import set_trainable
 
 
 def flops_of(function):
@@ -16,8 +16,9 @@ def flops_of(function):
 
 
 def test_a_shared_prompt_saves_two_thirds_of_the_arithmetic(model):
-    """Scoring with backward, P 240, C 48, G 8: the prompt repeated for every completion, logits at every position, as the
-    original does it, against the group scored on one prompt."""
+    """Scoring with backward, P 240, C 48, G 8.
+
+    The original repeats the prompt for every completion and has logits at every position."""
     set_trainable(model)
     P, C, G = 240, 48, 8
     prompt, ids = torch.randn(P, 48), torch.randint(0, 320, (G, C))
@@ -27,9 +28,10 @@ def test_a_shared_prompt_saves_two_thirds_of_the_arithmetic(model):
         logits = model.logits(model(embeds))[:, P - 1 : -1]
         token_logps(logits, ids).sum().backward()
 
-    ratio = flops_of(repeated) / flops_of(
-        lambda: completion_logps(model, prompt, ids).sum().backward()
-    )
+    def shared():
+        completion_logps(model, prompt, ids).sum().backward()
+
+    ratio = flops_of(repeated) / flops_of(shared)
     assert ratio >= 3.0, ratio
 
 
@@ -40,14 +42,16 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        self.largest = max(
-            [self.largest, *(x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor))]
-        )
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self.largest = max(self.largest, x.numel())
         return result
 
 
 def test_logits_live_in_chunks_only(model):
-    """Nothing in scoring, forward or backward, is larger than one chunk of logits, a third of all logits here."""
+    """Nothing in scoring, forward or backward, is larger than one chunk of logits.
+
+    All logits would be three times that here."""
     set_trainable(model)
     chunk, V, G, C = 64, 320, 8, 24
     prompt, ids = torch.randn(16, 48), torch.randint(0, V, (G, C))

@@ -14,7 +14,8 @@ GOLDEN = Path(__file__).parent / "golden"
 CLIP = GOLDEN / "media/clip.mp4"
 
 
-# ------------------------------------------------------------------------------------------------ manifests and batches
+# --------------------------------------------------------------------------------------------------
+# Manifests and batches
 
 
 def entry(video="a.mp4", human="<video>\n<audio>\nWhich emotion?", gpt="happy", **extra):
@@ -184,32 +185,3 @@ def test_errors_cross_processes_with_just_their_message(tmp_path, workers):
     with pytest.raises(ClipError) as caught:
         next(stream)
     assert str(caught.value).startswith(str(bad)) and "\n" not in str(caught.value)
-
-
-# --------------------------------------------------------------------------------------------- what the model sees
-
-
-@pytest.mark.parametrize("streams", [dict(audio="aac"), dict(), dict(video=None, audio="aac")])
-def test_show_draws_what_there_is(tmp_path, capsys, streams):
-    write_clip(tmp_path / "a.mp4", **streams)
-    data.main(
-        [
-            "show",
-            str(tmp_path / "a.mp4"),
-            "--out",
-            str(tmp_path / "new" / "seen.png"),
-            "--frames",
-            "3",
-            "--size",
-            "32",
-        ]
-    )
-    assert (
-        tmp_path / "new" / "seen.png"
-    ).stat().st_size > 5_000 and "seen.png" in capsys.readouterr().out
-
-
-def test_show_names_what_cannot_be_shown(tmp_path):
-    with pytest.raises(ClipError, match="b.mp4: no such file"):
-        data.main(["show", str(tmp_path / "b.mp4"), "--out", str(tmp_path / "seen.png")])
-    assert not (tmp_path / "seen.png").exists()

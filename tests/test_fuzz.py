@@ -1,9 +1,10 @@
-"""Damaged input of every kind: each file is either used as it is, or refused by one error that names it. Nothing else.
+"""Damaged input of every kind: each file is used as it is, or refused by one error that names it.
 
-Files are made from good ones with fixed seeds: cut off, bytes changed, JSON fields dropped, swapped, given other types. They
-are read in a process of its own, so that a crash or a hang in C code is a failure with its seed, and not the end of the tests.
+Files are made from good ones with fixed seeds: cut off, bytes changed, JSON fields dropped,
+swapped, given other types. They are read in a process of its own, so that a crash or a hang in C
+code is a failure with its seed, and not the end of the tests.
 
-    python -m pytest tests/test_fuzz.py -m "slow or not slow" -s      # 500 files of each kind, and what became of them
+    python -m pytest tests/test_fuzz.py -m "slow or not slow" -s    # 500 files of each kind
 """
 
 import contextlib
@@ -16,7 +17,6 @@ import os
 import random
 import shutil
 import struct
-import sys
 import time
 import traceback
 from collections import Counter
@@ -28,8 +28,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from clips import copy_streams, write_clip
 from conftest import GOLDEN
-from test_data import write_clip
 
 import data
 import evaluate
@@ -44,11 +44,14 @@ CHECKPOINT = GOLDEN / "tiny" / "humanomni"
 QUESTION = "Which emotion is it?"
 
 
-# -------------------------------------------------------------------------------------------------------------- damage
+# ------------------------------------------------------------------------------------------ damage
 
 
 def damaged(rng, content, structure=None):
-    """Bytes with one to three things wrong; structure: (start, end) of the part that says where everything else is."""
+    """Bytes with one to three things wrong.
+
+    structure: (start, end) of the part that says where everything else is.
+    """
     content = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 3))):
         start, end = structure if structure and rng.random() < 0.7 else (0, len(content))
@@ -128,7 +131,7 @@ def nodes(value, path=()):
 
 
 def damaged_json(rng, value):
-    """A JSON value with one to three fields dropped, swapped, repeated, renamed or of another type or value."""
+    """A JSON value with one to three fields dropped, swapped, repeated, renamed or changed."""
     value = copy.deepcopy(value)
 
     def holder_and_key():
@@ -185,9 +188,9 @@ def damage_json_file(rng, path):
     path.write_bytes(text)
 
 
-# ------------------------------------------------------------------------------ one kind each: damage a file, then use it
-# A kind is a function (rng, folder, bases) that returns if the input was used and found whole, and otherwise lets the error
-# through with the paths that it has to name, by way of `refusable`.
+# ------------------------------------------------------- one kind each: damage a file, then use it
+# A kind is a function (rng, folder, bases) that returns if the input was used and found whole, and
+# otherwise lets the error through with the paths that it has to name, by way of `refusable`.
 
 
 @contextlib.contextmanager
@@ -267,7 +270,7 @@ def fuzz_checkpoints(rng, folder, bases):
             json.dumps(
                 {
                     "metadata": {"total_size": 1},
-                    "weight_map": {name: shard.name for name in read_header(shard)[0]},
+                    "weight_map": dict.fromkeys(read_header(shard)[0], shard.name),
                 }
             )
         )
@@ -496,7 +499,7 @@ def fuzz_flags(rng, folder, bases):
             config = flags.parse_flags(module.Config, "", argv, getattr(module, "PRESETS", None))
     except SystemExit as stop:
         assert stop.code == 2 and "error: " in message.read_text(), (argv, message.read_text())
-        raise Refused
+        raise Refused from stop
     except DataError as error:
         assert str(error).startswith("--"), error
         raise Refused from error
@@ -518,19 +521,65 @@ KINDS = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------ the runner
+# -------------------------------------------------------------------------------------- the runner
 
 
-def work(kind, root, bases, pipe):
-    """The process that reads the files: seed in, "decoded", "refused" or a traceback out."""
+class Reader:
+    """The process that reads the files; a new one after a crash or a hang.
+
+    It is spawned, never forked: decoders and matrix products leave threads here, and a fork copies
+    their locks, but not the threads that would open them. One serves all kinds, as starting it
+    takes seconds.
+    """
+
+    def __init__(self, seconds=SECONDS):
+        self.seconds = seconds
+        self.process = None
+
+    def read(self, use, seed, root, bases):
+        """ "decoded", "refused", a traceback, or how the process ended."""
+        if self.process is None:
+            self.start()
+        self.pipe.send((use, seed, root, bases))
+        if not connection.wait([self.pipe, self.process.sentinel], self.seconds):
+            self.stop()
+            return f"hangs for {self.seconds} s"
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            outcome = f"died, exit code {self.process.exitcode}"
+            self.process = None
+            return outcome
+
+    def start(self):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+        assert self.pipe.recv() == "ready"
+
+    def stop(self):
+        if self.process:
+            self.process.kill()
+            self.process.join()
+            self.process = None
+
+
+def serve(pipe):
+    """What a Reader's process does: jobs in, outcomes out."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # decoders and panics are loud
     faulthandler.disable()
     torch.set_num_threads(1)
-    while (seed := pipe.recv()) is not None:
+    pipe.send("ready")
+    while True:
+        use, seed, root, bases = pipe.recv()
+        kind = use.__name__.removeprefix("fuzz_")
         folder = Path(root) / f"{kind}_{seed}"
         folder.mkdir()
         try:
-            KINDS[kind](random.Random(f"{kind} {seed}"), folder, bases)
+            use(random.Random(f"{kind} {seed}"), folder, bases)
             outcome = "decoded"
         except Refused:
             outcome = "refused"
@@ -540,95 +589,87 @@ def work(kind, root, bases, pipe):
         pipe.send(outcome)
 
 
-def run(kind, seeds, root, bases):
-    """Outcomes of the seeds; what is neither decoded nor refused ends up in a list of failures."""
-    outcomes, failures, process = Counter(), [], None
+def run(reader, use, seeds, root, bases):
+    """How many were decoded and refused; and the failures, which are neither."""
+    outcomes, failures = Counter(), []
     for seed in seeds:
-        if process is None:
-            pipe, theirs = multiprocessing.Pipe()
-            process = multiprocessing.Process(
-                target=work, args=(kind, root, bases, theirs), daemon=True
-            )
-            process.start()
-            theirs.close()
-        pipe.send(seed)
-        outcome = f"hangs for {SECONDS} s"
-        if connection.wait([pipe, process.sentinel], SECONDS):
-            try:
-                outcome = pipe.recv()
-            except EOFError:
-                process.join()
-                outcome = f"died, exit code {process.exitcode}"
+        outcome = reader.read(use, seed, root, bases)
         if outcome in ("decoded", "refused"):
             outcomes[outcome] += 1
-            continue
-        failures.append(f"{kind}, seed {seed}: {outcome}")
-        if not outcome.startswith("Traceback"):
-            process.kill()
-            process.join()
-            process = None
-    if process:
-        pipe.send(None)
-        process.join()
+        else:
+            failures.append(f"{use.__name__}, seed {seed}: {outcome}")
     return outcomes, failures
+
+
+@pytest.fixture(scope="module")
+def reader():
+    reader = Reader()
+    yield reader
+    reader.stop()
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bases")
-    small = dict(frames=12, size=(48, 32))
-    return [
-        GOLDEN / "media" / "clip16k.mp4",
-        GOLDEN / "media" / "clip.mp4",
-        write_clip(
-            folder / "a.mp4", video="mpeg4", audio="aac", options={"movflags": "faststart"}, **small
-        ),
-        write_clip(folder / "b.avi", video="mjpeg", audio="pcm_s16le", **small),
-        write_clip(folder / "c.avi", video="mpeg4", audio="libmp3lame", rate=44100, **small),
-        write_clip(folder / "d.mkv", video="libx264", audio="flac", **small),
-        write_clip(folder / "e.webm", video="libvpx", audio="libopus", rate=48000, **small),
-        write_clip(folder / "f.flv", video="flv", audio="libmp3lame", rate=44100, **small),
-        write_clip(folder / "g.wav", video=None, audio="pcm_f32le", **small),
-        write_clip(folder / "h.ogg", video=None, audio="libopus", rate=48000, **small),
-    ]
+    faststart = {"movflags": "faststart"}
+    forms = {
+        "a.mp4": {"video": "mpeg4", "audio": "aac", "options": faststart},
+        "b.avi": {"video": "mjpeg", "audio": "pcm_s16le"},
+        "c.avi": {"video": "mpeg4", "audio": "libmp3lame", "rate": 44100},
+        "d.mkv": {"video": "libx264", "audio": "flac"},
+        "e.webm": {"video": "libvpx", "audio": "libopus", "rate": 48000},
+        "f.flv": {"video": "flv", "audio": "libmp3lame", "rate": 44100},
+        "g.wav": {"video": None, "audio": "pcm_f32le"},
+        "h.ogg": {"video": None, "audio": "libopus", "rate": 48000},
+        "i.ts": {"video": "libx264", "audio": "aac"},
+        "j.mov": {"video": "mpeg4", "audio": "pcm_s16le", "options": faststart},
+        "k.flac": {"video": None, "audio": "flac", "layout": "7.1", "levels": [0.1] * 8},
+        "l.caf": {"video": None, "audio": "pcm_s16le"},
+    }
+    clips = [GOLDEN / "media" / "clip16k.mp4", GOLDEN / "media" / "clip.mp4"]
+    for name, form in forms.items():
+        clips.append(write_clip(folder / name, frames=12, size=(48, 32), **form))
+
+    def cut(packet):  # leaves an edit list
+        packet.pts -= round(0.2 / packet.time_base)
+        packet.dts -= round(0.2 / packet.time_base)
+        return True
+
+    return [*clips, copy_streams(folder / "a.mp4", folder / "m.mp4", cut, faststart)]
 
 
 @pytest.mark.parametrize("count", [20, pytest.param(500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_whatever_is_wrong_is_refused_by_name(kind, count, bases, tmp_path, capsys):
+def test_whatever_is_wrong_is_refused_by_name(kind, count, reader, bases, tmp_path, capsys):
     count = int(os.environ.get("FUZZ", count))
     first = 1000 if count != 20 else 0  # other files than those of the short run
-    outcomes, failures = run(kind, range(first, first + count), tmp_path, bases)
+    seeds = range(first, first + count)
+    outcomes, failures = run(reader, KINDS[kind], seeds, tmp_path, bases)
     with capsys.disabled():
         print(f" {kind}: {outcomes['decoded']} decoded, {outcomes['refused']} refused", end="")
     assert not failures, f"{len(failures)} of {count}:\n" + "\n".join(failures[:10])
-    assert outcomes["refused"] and (
-        outcomes["decoded"] or count == 20
-    )  # the damage is neither harmless nor total
+    # The damage is neither harmless nor total.
+    assert outcomes["refused"] and (outcomes["decoded"] or count == 20)
 
 
-def test_the_runner_sees_hangs_deaths_and_wrong_errors(tmp_path, monkeypatch):
-    """A test that cannot fail is none: the three ways to fail, failing."""
+def misbehave(rng, folder, bases):
+    """In four ways, and well with other seeds."""
+    seed = int(folder.name.split("_")[1])
+    if seed == 1:
+        os.kill(os.getpid(), 11)
+    elif seed == 2:
+        time.sleep(60)
+    elif seed == 3:
+        with refusable(folder / "it"):
+            raise DataError("something is wrong")
+    elif seed == 4:
+        raise KeyError("video")
 
-    def bad(rng, folder, bases):
-        seed = int(folder.name.split("_")[1])
-        if seed == 1:
-            os.kill(os.getpid(), 11)
-        elif seed == 2:
-            time.sleep(60)
-        elif seed == 3:
-            with refusable(folder / "it"):
-                raise DataError("something is wrong")
-        elif seed == 4:
-            raise KeyError("video")
 
-    monkeypatch.setitem(KINDS, "bad", bad)
-    monkeypatch.setattr(sys.modules[__name__], "SECONDS", 1)
-    outcomes, failures = run("bad", range(6), tmp_path, None)
+def test_the_runner_sees_hangs_deaths_and_wrong_errors(reader, tmp_path, monkeypatch):
+    """A test that cannot fail is none: the ways to fail, failing."""
+    monkeypatch.setattr(reader, "seconds", 1)
+    outcomes, failures = run(reader, misbehave, (0, 5, 3, 4, 1, 2), tmp_path, None)
     assert outcomes == {"decoded": 2}
-    assert [
-        word in failure
-        for word, failure in zip(
-            ("exit code -11", "hangs", "does not name", "KeyError"), failures, strict=True
-        )
-    ] == [True] * 4
+    found = zip(("does not name", "KeyError", "exit code -11", "hangs"), failures, strict=True)
+    assert [word in failure for word, failure in found] == [True] * 4

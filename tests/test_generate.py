@@ -48,12 +48,14 @@ def test_a_seed_repeats_and_samples_differ(model, prompts):
     assert torch.equal(first, again) and not torch.equal(first, other)
     rows = first.flatten(0, 1).tolist()
     assert len({tuple(row) for row in rows}) == 8  # every row its own
-    # The first token too: the G rows of a prompt draw from its one distribution, they do not copy one draw.
+    # The first token too: the G rows of a prompt draw from its one distribution, they do not copy
+    # one draw.
     assert len({row[0] for row in generate(model, prompts[:1], 50, 1, seed=0)[0].tolist()}) > 10
 
 
 def test_samples_of_one_prefill_follow_the_models_distribution(model, prompts):
-    """Frequencies of 4000 first and second tokens against the probabilities the model gives them."""
+    """Frequencies of 4000 first and second tokens against the probabilities the model gives
+    them."""
     prompts = prompts * 0.5  # any input will do
     n = 4000
     ids = generate(model, prompts, n, 2, temperature=1.0, seed=0)
@@ -143,7 +145,8 @@ def test_the_drawn_distribution_is_the_softmax(V):
 
 
 def test_a_flat_distribution_over_the_published_vocabulary_is_drawn_flat():
-    """In float32 the running sum of 151 936 equal words would be uneven; its thirds must be equal."""
+    """In float32 the running sum of 151 936 equal words would be uneven; its thirds must be
+    equal."""
     V, n = 151_936, 3_000
     generator = torch.Generator().manual_seed(0)
     ids = torch.cat([draw(torch.zeros(500, V), 1.0, 1.0, generator)[0] for _ in range(n // 500)])
@@ -174,7 +177,8 @@ def test_any_of_several_eos_ids_ends_a_row(model, prompts):
 
 
 def test_compaction_changes_no_row(model, prompts):
-    """Rows of one prompt end at different steps, most of them early: the batch halves, and halves again, on the way."""
+    """Rows of one prompt end at different steps, most of them early: the batch halves, and halves
+    again, on the way."""
     eos, P = 7, prompts.shape[1]
     torch.manual_seed(0)
     halvings = []
@@ -186,7 +190,8 @@ def test_compaction_changes_no_row(model, prompts):
             return halved
 
     counting = Counting(model, 2, 8, P, Decoding(40, temperature=0, eos_token_id=eos))
-    # Greedy rows are all equal, so the rows are ended by hand: as if each had drawn EOS at a step of its own.
+    # Greedy rows are all equal, so the rows are ended by hand: as if each had drawn EOS at a step
+    # of its own.
     ends = torch.tensor([[3, 3, 3, 3, 3, 3, 3, 38], [2, 5, 4, 3, 2, 9, 17, 30]]).flatten()
     decode = counting._decode
 
@@ -260,7 +265,8 @@ def test_a_bf16_copy_samples_almost_the_same_distribution(model, prompts):
 
 @pytest.mark.slow
 def test_compiled_equals_eager_and_nothing_recompiles(model, prompts):
-    """The decode step compiled for each number of rows; then other lengths, prompts, seeds: all of it compiled already."""
+    """The decode step compiled for each number of rows; then other lengths, prompts, seeds: all of
+    it compiled already."""
     eos, P = 7, prompts.shape[1]
     decoding = Decoding(24, eos_token_id=eos)
     eager = Sampler(model, 2, 4, P, decoding)

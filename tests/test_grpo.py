@@ -1,4 +1,5 @@
-"""The maths by hand, the numbers of the original, and the shared prompt against the repeated one."""
+"""The maths by hand, the numbers of the original, and the shared prompt against the repeated
+one."""
 
 import math
 
@@ -7,12 +8,12 @@ import torch
 from conftest import relative_error
 
 from grpo import (
-    length_buckets,
     completion_logps,
     completion_mask,
     group_advantages,
     grpo_loss,
     kl_in_reward,
+    length_buckets,
     per_token_kl,
     token_logps,
 )
@@ -41,7 +42,8 @@ def test_advantages_need_a_group(rewards):
 @pytest.mark.parametrize("reward", [1.0, 1.1, 2.1, 0.3])
 @pytest.mark.parametrize("G", [3, 8, 12])
 def test_equal_rewards_have_exactly_no_advantage(reward, G):
-    """Also where their mean rounds to another number: such a group must not pull, and its backward pass is left out."""
+    """Also where their mean rounds to another number: such a group must not pull, and its backward
+    pass is left out."""
     assert (
         not group_advantages(torch.full((2, G), reward)).any()
         and not group_advantages(torch.full((2, G), reward), scale=False).any()
@@ -65,7 +67,8 @@ def test_kl_is_never_negative_in_float32():
 
 
 def test_kl_is_the_kl_on_average():
-    """Over the policy's own samples k3 averages to KL(policy || reference): this fixes sign and direction."""
+    """Over the policy's own samples k3 averages to KL(policy || reference): this fixes sign and
+    direction."""
     policy, ref = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.3, 0.3, 0.4])
     exact = (policy * (policy / ref).log()).sum()
     assert torch.isclose((policy * per_token_kl(policy.log(), ref.log())).sum(), exact)
