@@ -274,6 +274,8 @@ def write_clip(path, frames, waveform):
     AAC."""
     with av.open(str(path), "w", format="mp4") as container:
         options = {"preset": "veryfast", "crf": "20"}
+        # x264 otherwise encodes the same frames differently from time to time, and from CPU to CPU.
+        options["x264-params"] = "cpu-independent=1"
         video = container.add_stream("libx264", rate=FPS, options=options)
         video.height, video.width = frames.shape[1:3]
         video.pix_fmt = "yuv420p"
