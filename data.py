@@ -1,11 +1,10 @@
 """Manifests, and the way from their clips to embedded prompts.
 
     examples = read_manifest("manifest.json")
-    clips = clips_of(model, examples)                               # what the model takes of each
-    for items in batches(clips, order, batch_size=16, workers=2):   # decoded ahead
-        batch = encode(omni, clips, items)                          # through the frozen towers,
-        once
-        prompts = embed(omni.model, batch)                          # a list of (P, D)
+    clips = clips_of(omni.model, examples)                         # what the model takes of each
+    for items in batches(clips, order, batch_size=16, workers=2):  # decoded ahead
+        batch = encode(omni, clips, items)                         # through the towers, once
+        prompts = embed(omni.model, batch)                         # a list of B tensors (P, D)
 
 A manifest is a JSON list, in the format of the published data:
 
@@ -67,7 +66,7 @@ __all__ = [  # of media.py and text.py, for who imports them from here
 ]
 
 # Bytes of tower features that may stay in memory, so that later epochs neither decode nor encode:
-# more than all of the toy's, some 400 clips' at full size.
+# more than all of the toy's, some 290 clips' at full size.
 KEEP_BYTES = 2 << 30
 
 

@@ -281,9 +281,8 @@ class Sampler:
         for steps in range(1, self.C + 1):
             self._run(self.B * G)
             if self.eos is not None and steps % every == 0:
-                if self.done[
-                    : self.B * G
-                ].all():  # after compaction the places behind are not in use
+                places_in_use = self.B * G
+                if self.done[:places_in_use].all():
                     break
                 G = self._compact(G)
         ids, logps = self.ids[: given * self.G, :steps], self.logps[: given * self.G, :steps]

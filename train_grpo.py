@@ -182,9 +182,7 @@ def add_gradients(policy, rollout, config):
         logps_now[part] = logps.detach()
         sums.update(loss=loss.item(), kl=metrics["kl"].item())
         sums.update(clip_share=metrics["clip_share"].item())
-    if (
-        rollout.old_logps is None
-    ):  # this was the rollout's first step; its later ones compare with it
+    if rollout.old_logps is None:  # the rollout's first step; later ones compare with it
         rollout.old_logps = logps_now
     return dict(sum_over_ranks(sums))
 

@@ -11,7 +11,8 @@ import contextlib
 import os
 import signal
 import sys
-from multiprocessing import active_children, resource_tracker
+import threading
+from multiprocessing import active_children, parent_process, resource_tracker
 from multiprocessing.connection import wait
 
 import torch
@@ -72,6 +73,19 @@ def _signals_blocked():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _end_with_main(_):
+    """Have this worker end when the main process does, by whatever.
+
+    torch's own watch is on the server, which in turn lives for as long as a worker does."""
+    main = parent_process().sentinel
+
+    def watch():
+        wait([main])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _as_it_is(item):
     return item
 
@@ -100,6 +114,7 @@ def load_ahead(dataset, order, workers):
         prefetch_factor=max(2, 16 // workers),
         multiprocessing_context=context,
         collate_fn=_as_it_is,
+        worker_init_fn=_end_with_main,
         generator=torch.Generator(),  # whose seed is never used, in place of torch's own
     )
     others = set(active_children())
@@ -119,6 +134,7 @@ def load_ahead(dataset, order, workers):
     finally:
         for process in team:
             process.kill()
+            process.join()
             atexit.unregister(process.kill)
 
 

@@ -2,11 +2,12 @@
 
     run = Run("runs/grpo", config, inputs)      # a new folder, or the unfinished run that is in it
     run.track(parameters, adamw)                # what was saved comes back into both
-    for step, batch in run.steps(batches, 100, "grpo"):   # those still to do; after SIGINT or
-    SIGTERM
-        ...                                               # it saves, and the script ends
+    for step, batch in run.steps(batches, 100, "grpo"):     # those still to do
+        ...
         run.log({"update": step, ...})          # a line of metrics.jsonl, kept in run.metrics too
     run.finish()
+
+After SIGINT or SIGTERM a step that has begun is finished and saved, and the script ends.
 
 A state is one file, state/000040.safetensors: weights and optimizer moments in float32 as tensors,
 and in its header, as JSON, the step, the flags, the length of metrics.jsonl at that moment and
