@@ -322,6 +322,7 @@ def batches(clips, order, batch_size, workers=0, skip_log=None, start=0):
     """
     skip_log = SkipLog(skip_log, clips, resumed=start > 0)
     order = list(order)[start * batch_size :]
+    # The workers have to know in advance what will not be asked of them: what is kept by then.
     kept, to_decode = set(clips.kept), []
     for i in order:
         if i in kept:
@@ -350,7 +351,7 @@ class Batch:
 
     examples: list  # B Example
     prompt_ids: list  # B lists of ids, -201 where the video tokens go and -202 for the audio tokens
-    lengths: list  # B ints: P of each prompt, once it is embedded
+    prompt_lengths: list  # B ints: P of each prompt, once it is embedded
     question_ids: torch.Tensor  # (B, L) int64, for BERT
     question_mask: torch.Tensor  # (B, L) 0 or 1
     video: list  # B tensors (T, N, width), None for a prompt without
@@ -360,29 +361,11 @@ class Batch:
         return len(self.examples)
 
 
-def take(record, chosen):
-    """The same record of some of its prompts. chosen: their numbers; every field has one entry
-    each.
-
-    Tensors are indexed, lists picked from, dicts and records inside alike; None stays None."""
-    if record is None:
-        return None
-    if isinstance(record, torch.Tensor):
-        return record[chosen]
-    if isinstance(record, list):
-        return [record[i] for i in chosen]
-    if isinstance(record, dict):
-        return {name: take(value, chosen) for name, value in record.items()}
-    return replace(
-        record, **{f.name: take(getattr(record, f.name), chosen) for f in fields(record)}
-    )
-
-
 def encode(omni, clips, items, prompt_ids=None):
-    """Items of `batches` -> Batch: each clip goes through the towers once.
+    """Items of `batches` -> Batch: each clip goes through the frozen towers once.
 
     prompt_ids: B lists of ids, if not those of the examples' questions. Prompts may differ in what
-    media they have. New features go into the cache, if there is one."""
+    media they have. In the items the features replace the media; new ones go into the cache too."""
     run_towers(omni.model, items)
     examples = [clips.examples[item["index"]] for item in items]
     if prompt_ids is None:
@@ -392,7 +375,7 @@ def encode(omni, clips, items, prompt_ids=None):
     return Batch(
         examples=examples,
         prompt_ids=prompt_ids,
-        lengths=[omni.model.prompt_length(ids) for ids in prompt_ids],
+        prompt_lengths=[omni.model.prompt_length(ids) for ids in prompt_ids],
         question_ids=questions[0].to(device),
         question_mask=questions[1].to(device),
         video=[None if item["video"] is None else item["video"].to(device) for item in items],
@@ -424,18 +407,6 @@ def run_towers(model, items):
             os.replace(partial, item["cache_file"])
 
 
-def parts_of(batch, prompts):
-    """Numbers of the batch's prompts, in lists of one length P and of `prompts` at most; 0: all."""
-    by_length = {}
-    for b, length in enumerate(batch.lengths):
-        by_length.setdefault(length, []).append(b)
-    parts = []
-    for same in by_length.values():
-        size = prompts or len(same)
-        parts += [same[start : start + size] for start in range(0, len(same), size)]
-    return parts
-
-
 def longest_prompt(omni, examples):
     """The largest P of the examples' prompts."""
     asked = {(example.question, example.modality) for example in examples}
@@ -444,8 +415,7 @@ def longest_prompt(omni, examples):
 
 
 def embed(model, batch):
-    """Batch -> list of B embedded prompts (P_i, D), with gradient into projectors, gate,
-    embedding."""
+    """Batch -> list of B prompts (P_i, D), through projectors, gate and embedding, which train."""
     return model.embed_prompts(
         batch.prompt_ids, batch.video, batch.audio, batch.question_ids, batch.question_mask
     )
@@ -458,3 +428,37 @@ def completion_text(tokenizer, ids):
     mask = completion_mask(ids, tokenizer.eos_token_ids)
     ended = torch.isin(ids, torch.tensor(tokenizer.eos_token_ids, device=ids.device)).any()
     return tokenizer.decode(ids[mask].tolist()), bool(ended)
+
+
+# --------------------------------------------------------------------------------------------------
+# Parts of a batch
+
+
+def parts_of(batch, size):
+    """Indices of the batch's prompts, in lists of one length P, of `size` at most; 0: no limit."""
+    by_length = {}
+    for b, length in enumerate(batch.prompt_lengths):
+        by_length.setdefault(length, []).append(b)
+    parts = []
+    for same in by_length.values():
+        step = size or len(same)
+        parts += [same[start : start + step] for start in range(0, len(same), step)]
+    return parts
+
+
+def take(record, chosen):
+    """The same record, a Batch or one that holds it, of some of its prompts.
+
+    chosen: indices of prompts. Every field has one entry per prompt: tensors are indexed, lists
+    picked from, dicts and records inside alike; None stays None."""
+    if record is None:
+        return None
+    if isinstance(record, torch.Tensor):
+        return record[chosen]
+    if isinstance(record, list):
+        return [record[i] for i in chosen]
+    if isinstance(record, dict):
+        return {name: take(value, chosen) for name, value in record.items()}
+    return replace(
+        record, **{f.name: take(getattr(record, f.name), chosen) for f in fields(record)}
+    )

@@ -310,7 +310,7 @@ def unique_names(manifests):
 # During training
 
 
-class Trials:
+class RunEvaluation:
     """What a GRPO run is measured by: --test before and after, --val on the way, always greedy."""
 
     def __init__(self, omni, config):
@@ -339,7 +339,8 @@ class Trials:
     def before(self, run):
         """Evaluate the model that training starts from, unless that has been done."""
         if "before" not in run.facts:
-            run.facts |= {"before": self._test_all(run, "before"), "best_war": -1.0}
+            run.facts["before"] = self._test_all(run, "before")
+            run.facts["best_war"] = -1.0  # whatever is validated first is better
             run.save()
 
     def due(self, update):
@@ -373,7 +374,7 @@ class Trials:
         out = run.folder
         self._save(out / "last")
         on_first_rank(lambda: draw_curves(run.metrics, out / "curves.png"))
-        if (out / "best").exists():
+        if (out / "best").exists():  # evaluated in the policy's place, which has been saved
             best = HumanOmni.from_pretrained(out / "best")
             self.omni.model.load_state_dict(best.state_dict())
         before, after = run.facts["before"], self._test_all(run, "after")

@@ -49,15 +49,15 @@ class LayerCache:
 
     Buffers of fixed size, so that nothing is compiled or captured again when lengths change."""
 
-    def __init__(self, like, B, G, P, C, step, hidden_keys):
-        """like (1, kv_heads, L, hd): any keys, for their shape and type. step (1,) and hidden_keys
+    def __init__(self, like, B, G, P, C, step, blocked_keys):
+        """like (1, kv_heads, L, hd): any keys, for their shape and type. step (1,) and blocked_keys
         (R, 1, 1, P + C) are the sampler's: which step this is, and what no row may see."""
         _, kv_heads, _, hd = like.shape
         self.prompt_keys = like.new_zeros(B, kv_heads, P, hd)
         self.prompt_values = like.new_zeros(B, kv_heads, P, hd)
         self.keys = like.new_zeros(B * G, kv_heads, C, hd)
         self.values = like.new_zeros(B * G, kv_heads, C, hd)
-        self.step, self.hidden_keys = step, hidden_keys
+        self.step, self.blocked_keys = step, blocked_keys
 
     def attend(self, q, k, v):
         """One new token per row: q (R, heads, 1, hd); k, v (R, kv_heads, 1, hd) -> as q.
@@ -82,7 +82,7 @@ class LayerCache:
         to_prompt = by_row(by_prompt(q) @ self.prompt_keys.mT)  # (R, kv_heads, shared, P)
         to_own = q @ keys.mT  # (R, kv_heads, shared, C)
         scores = torch.cat([to_prompt, to_own], dim=-1).float()
-        weights = scores.masked_fill(self.hidden_keys[:R], -torch.inf).softmax(-1).to(q.dtype)
+        weights = scores.masked_fill(self.blocked_keys[:R], -torch.inf).softmax(-1).to(q.dtype)
         on_prompt, on_own = weights.tensor_split([P], dim=-1)
         attended = by_row(by_prompt(on_prompt) @ self.prompt_values) + on_own @ values
         return attended.reshape(R, heads, 1, hd)
@@ -93,7 +93,7 @@ def draw(logits, temperature, top_p, generator):
 
     These are of the distribution that was drawn from. One uniform number per row is looked up in
     the running sum of the probabilities; the sum is in float64, as 150 000 words are more than
-    float32 can add up evenly. Temperature 0 is greedy."""
+    float32 can add up evenly. Temperature 0 is greedy; log-probabilities are at temperature 1."""
     if temperature == 0:
         ids = logits.argmax(-1)
         return ids, logits.log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
@@ -104,12 +104,10 @@ def draw(logits, temperature, top_p, generator):
         logits = logits.scatter(-1, order, ranked.masked_fill(before >= top_p, -torch.inf))
     logps = logits.log_softmax(-1)
     reached = logps.exp().cumsum(-1, dtype=torch.float64)  # (R, V), about 1 at the end
-    uniform = torch.rand(
-        len(logits), 1, dtype=torch.float64, device=logits.device, generator=generator
-    )
+    uniform = torch.empty_like(reached[:, :1]).uniform_(generator=generator)  # (R, 1) in [0, 1)
     # right: the first token whose sum is beyond the number, so never one of probability 0.
     ids = torch.searchsorted(reached, uniform * reached[:, -1:], right=True)
-    ids = ids.clamp(max=logits.shape[-1] - 1)
+    ids = ids.clamp(max=logits.shape[-1] - 1)  # the product may round up to the sum itself
     return ids.squeeze(-1), logps.gather(-1, ids).squeeze(-1)
 
 
@@ -149,15 +147,16 @@ class Sampler:
         self.step = zeros(1)
         self.row = zeros(R)  # which of the R completions each place works on
         self.done = zeros(R, dtype=torch.bool)
-        self.lengths = zeros(R)  # of the rows' prompts
+        self.prompt_lengths = zeros(R)  # P of each row's prompt
         self.ids = zeros(R, self.C)
         self.logps = zeros(R, self.C, dtype=torch.float32)
         # Keys no row may see: padding between a prompt's end and P; own positions not yet written.
-        self.hidden_keys = zeros(R, 1, 1, self.P + self.C, dtype=torch.bool)
+        self.blocked_keys = zeros(R, 1, 1, self.P + self.C, dtype=torch.bool)
+        # One token, for the shapes and types of what the model gives.
         hidden, kv = self.model(zeros(1, 1, weight.shape[1], dtype=self.dtype), return_kv=True)
         self.logits = self.model.logits(hidden[0]).repeat(R, 1)  # (R, V), of the next token
         self.cache = [
-            LayerCache(k, B, G, self.P, self.C, self.step, self.hidden_keys) for k, _ in kv
+            LayerCache(k, B, G, self.P, self.C, self.step, self.blocked_keys) for k, _ in kv
         ]
         self.compiled, self.graphs = compiled, {}
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
@@ -187,7 +186,9 @@ class Sampler:
         return self.model.logits(hidden[:, 0])  # (R, V)
 
     def _decode(self, R):
-        """Draw a token for the first R places, and make the logits of the one after it."""
+        """Draw a token for the first R places, and make the logits of the one after it.
+
+        In this order, as the logits of the first token come from the prompts."""
         temperature, top_p = self.decoding.temperature, self.decoding.top_p
         token, logp = draw(self.logits[:R], temperature, top_p, self.generator)
         if self.eos is not None:
@@ -197,8 +198,8 @@ class Sampler:
         row = self.row[:R]
         self.ids[row, self.step] = token
         self.logps[row, self.step] = logp
-        self.hidden_keys.index_fill_(3, self.P + self.step, False)
-        self.logits[:R] = self.forward(token, self.lengths[:R] + self.step)
+        self.blocked_keys.index_fill_(3, self.P + self.step, False)
+        self.logits[:R] = self.forward(token, self.prompt_lengths[:R] + self.step)
         self.step += 1
 
     def _run(self, R):
@@ -207,7 +208,7 @@ class Sampler:
             return self._decode(R)
         if R not in self.graphs:
             # Warming up and capturing run the step for real; what they write is put back.
-            written = (self.step, self.done, self.ids, self.logps, self.hidden_keys, self.logits)
+            written = (self.step, self.done, self.ids, self.logps, self.blocked_keys, self.logits)
             before = [buffer.clone() for buffer in written]
             self._decode(R)  # compiles; nothing may be allocated for the first time during capture
             graph = torch.cuda.CUDAGraph()
@@ -232,7 +233,7 @@ class Sampler:
         first_place = torch.arange(self.B, device=self.device)[:, None] * G
         places = (unfinished_first[:, :half] + first_place).flatten()  # (B*half,)
         R = self.B * half
-        for buffer in (self.row, self.done, self.lengths, self.logits, self.hidden_keys):
+        for buffer in (self.row, self.done, self.prompt_lengths, self.logits, self.blocked_keys):
             buffer[:R] = buffer[places]
         for layer in self.cache:
             layer.keys[:R] = layer.keys[places]
@@ -254,12 +255,12 @@ class Sampler:
 
         # Rows 0..G-1 are prompt 0's, the next G prompt 1's, ... Places without a prompt are done.
         self.logits[: given * G] = self.model.logits(last).repeat_interleave(G, 0)
-        self.lengths.copy_(lengths.repeat_interleave(G))
+        self.prompt_lengths.copy_(lengths.repeat_interleave(G))
         self.row.copy_(torch.arange(B * G, device=device))
         self.done.copy_(self.row >= given * G)
-        padding = torch.arange(self.P, device=device) >= self.lengths[:, None]  # (R, P)
-        self.hidden_keys.fill_(True)
-        self.hidden_keys[:, 0, 0, : self.P] = padding
+        padding = torch.arange(self.P, device=device) >= self.prompt_lengths[:, None]  # (R, P)
+        self.blocked_keys.fill_(True)
+        self.blocked_keys[:, 0, 0, : self.P] = padding
         self.step.zero_()
         self.ids.fill_(0 if self.eos is None else self.eos[0])
 

@@ -2,11 +2,12 @@
 
 One update, in the order train_grpo.py does it (numbers as in the README):
 
-    1. sample G completions of each prompt from the policy
-    2. reward each completion
-    3. completion_logps    log pi(token) of every sampled token, under policy and reference
+    1. (generate.py)       sample G completions of each prompt from the policy
+    2. (rewards.py)        reward each completion
+    3. completion_logps    log pi(token) of every sampled token under the reference
     4. group_advantages    A = (r - mean) / std within the group         paper, eq. 4
-    5. per_token_kl        how far the policy is from the reference      paper, eq. 3 (k3 estimator)
+    5. completion_logps    the same under the policy, with gradient
+       per_token_kl        how far the policy is from the reference      paper, eq. 3 (k3 estimator)
     6. grpo_loss           make likelier what did better than its group, stay near the reference
 
 The defaults are the paper's. What other work does differently stands beside it as an argument:
@@ -28,8 +29,8 @@ def group_advantages(rewards, eps=1e-4, scale=True):
     rewards (B, G) float -> (B, G). The std is the unbiased one; eps keeps a group of equal rewards
     from being 0/0. G < 2 has no group to compare with: ValueError.
 
-    scale=False (Dr. GRPO) leaves out the division: with it, groups that nearly always fail or
-    nearly always succeed get the largest advantages, although they have least to teach."""
+    scale=False (Dr. GRPO) leaves out the division, which gives the largest advantages to groups
+    that nearly always fail or nearly always succeed, although they have least to teach."""
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         shape = tuple(rewards.shape)
         raise ValueError(f"rewards must be (B, G) with G >= 2 completions per prompt, got {shape}")
@@ -44,8 +45,8 @@ def kl_in_reward(rewards, logps, ref_logps, mask, beta):
 
     rewards (B, G); logps, ref_logps, mask (B, G, C), of the policy that sampled -> (B, G). The k1
     estimator, whose gradient is right here and zero on average in the loss; use it with beta=0 in
-    grpo_loss. Both log-probabilities must come from the same kind of pass: what sampling rounds
-    differently would be divided by the group's std, and pull."""
+    grpo_loss. Both log-probabilities must come from the same kind of pass: differences in rounding
+    alone would become advantages, divided as they are by the group's std."""
     return rewards - beta * torch.where(mask, logps - ref_logps, 0.0).sum(-1)
 
 
@@ -75,27 +76,27 @@ def chunked_logps(model, hidden, ids, chunk=512):
     Logits are made for `chunk` positions at a time and, where there are more, made again in the
     backward pass: chunk x V numbers live instead of n x V."""
 
-    def logps(hidden, ids):
+    def through_head(hidden, ids):
         return token_logps(model.logits(hidden), ids)
 
     if len(ids) <= chunk:
-        return logps(hidden, ids)
+        return through_head(hidden, ids)
     pieces = [
-        checkpoint(logps, h, i, use_reentrant=False, preserve_rng_state=False)
+        checkpoint(through_head, h, i, use_reentrant=False, preserve_rng_state=False)
         for h, i in zip(hidden.split(chunk), ids.split(chunk))
     ]
     return torch.cat(pieces)
 
 
-def length_buckets(lengths, shortest=0.7, few=8):
+def length_buckets(lengths, min_share=0.7, slack=8):
     """Row numbers in lists, longest first: a list's rows run together, padded to its longest.
 
-    lengths: one int per row. A row opens a new list if it is shorter than `shortest` of the list's
-    longest row, and by more than `few` tokens: a list of its own costs a pass of its own."""
+    lengths: one int per row. A row opens a new list if it is shorter than `min_share` of the list's
+    longest row, and by more than `slack` tokens: a list of its own costs a pass of its own."""
     buckets = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         longest = lengths[buckets[-1][0]] if buckets else None
-        if longest is None or lengths[row] < min(shortest * longest, longest - few):
+        if longest is None or lengths[row] < min(min_share * longest, longest - slack):
             buckets.append([])
         buckets[-1].append(row)
     return buckets
@@ -106,40 +107,45 @@ def completion_logps(model, prompt_embeds, completion_ids, mask=None, chunk=512)
 
     prompt_embeds (B, P, D) and completion_ids (B, G, C) int64 -> (B, G, C) float32, or, of a single
     prompt, (P, D) or (1, P, D) and (G, C) -> (G, C). mask, shaped like the ids: the tokens that are
-    wanted; the others come back as 0, and cost nothing behind a row's last wanted one.
+    wanted; the others come back as 0, and a row stops at its last wanted token.
 
     Asks of `model` four things, which any causal language model can offer:
-        model(embeds, return_kv=True)      hidden states (B, P, D), keys and values `kv`
-        model(embeds, past=kv, rows=rows)  hidden states (r, L, D); row i follows prompt rows[i]
-        model.embed_tokens(ids)            (r, L) -> (r, L, D)
-        model.logits(hidden)               (..., D) -> (..., V)
+        model(embeds, return_kv=True)            hidden states (B, P, D), keys and values `kv`
+        model(embeds, past=kv, prompt_of=index)  hidden states (r, L, D); row i follows prompt
+                                                 index[i]
+        model.embed_tokens(ids)                  (r, L) -> (r, L, D)
+        model.logits(hidden)                     (..., D) -> (..., V)
     Gradients flow through `kv` into the prompt, summed over its G rows: value and gradient are
     those of the prompt repeated G times, for B * (P + G*C) positions instead of B * G * (P + C).
     """
     prompts = prompt_embeds.reshape(-1, *prompt_embeds.shape[-2:])  # (B, P, D)
     ids = completion_ids.reshape(-1, completion_ids.shape[-1])  # (R, C)
-    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.view(ids.shape).bool()
+    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.reshape(ids.shape) > 0
     R, C = ids.shape
-    prompt_of_row = torch.arange(R, device=ids.device) // (R // len(prompts))
-    lengths = (mask * torch.arange(1, C + 1, device=ids.device)).amax(dim=1).tolist()
+    prompt_of = torch.arange(R, device=ids.device) // (R // len(prompts))  # G rows per prompt
+    # Where each row's last wanted token ends; 0 for a row without any.
+    ends = (mask * torch.arange(1, C + 1, device=ids.device)).amax(dim=1).tolist()
 
     prompt_hidden, kv = model(prompts, return_kv=True)
-    logps, places = [], []
-    for bucket in length_buckets(lengths):
-        longest = lengths[bucket[0]]
-        rows = torch.tensor(bucket, device=ids.device)
+    pieces, places = [], []
+    for bucket in length_buckets(ends):
+        longest = max(1, ends[bucket[0]])
+        bucket = torch.tensor(bucket, device=ids.device)  # (r,) row numbers
+        bucket_ids, wanted = ids[bucket, :longest], mask[bucket, :longest]  # (r, longest)
         # The state at position t predicts token t + 1: the prompt's last state predicts every row's
         # first token, and the last token is never an input.
-        hidden = prompt_hidden[prompt_of_row[rows], -1:]  # (r, 1, D)
+        hidden = prompt_hidden[prompt_of[bucket], -1:]  # (r, 1, D)
         if longest > 1:
-            inputs = model.embed_tokens(ids[rows, : longest - 1])
-            behind = model(inputs, past=kv, rows=prompt_of_row[rows])
-            hidden = torch.cat([hidden, behind], dim=1)  # (r, longest, D)
-        row, position = mask[rows, :longest].nonzero(as_tuple=True)
+            inputs = model.embed_tokens(bucket_ids[:, :-1])
+            after = model(inputs, past=kv, prompt_of=prompt_of[bucket])
+            hidden = torch.cat([hidden, after], dim=1)  # (r, longest, D)
         # Only wanted positions reach the head, which is the largest layer of all.
-        logps.append(chunked_logps(model, hidden[row, position], ids[rows[row], position], chunk))
-        places.append(rows[row] * C + position)
-    logps = torch.zeros(R * C, device=ids.device).index_put((torch.cat(places),), torch.cat(logps))
+        pieces.append(chunked_logps(model, hidden[wanted], bucket_ids[wanted], chunk))
+        i, position = wanted.nonzero(as_tuple=True)
+        places.append(bucket[i] * C + position)
+    # Back to (R, C), 0 elsewhere; index_put passes the gradient on.
+    logps = torch.zeros(R * C, device=ids.device)
+    logps = logps.index_put((torch.cat(places),), torch.cat(pieces))
     return logps.view(completion_ids.shape)
 
 
@@ -203,7 +209,8 @@ def grpo_loss(
     ratio = torch.exp(logps - (logps.detach() if old_logps is None else old_logps))
     clipped = ratio.clamp(1 - clip_eps, 1 + (clip_eps if clip_high is None else clip_high))
     # min: the pessimistic side. With A > 0 it stops pushing a token up that is up already, with
-    # A < 0 it stops pushing one down.
+    # A < 0 it stops pushing one down that is down; one that has gone the wrong way is never
+    # clipped.
     objective = torch.min(ratio * advantages, clipped * advantages)
     kl = torch.zeros_like(logps) if ref_logps is None else per_token_kl(logps, ref_logps)
     loss = -average(objective - beta * kl)

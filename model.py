@@ -267,23 +267,23 @@ def rotate(x, rope):
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
-def attend(q, k, v, past=None, rows=None):
+def attend(q, k, v, past=None, prompt_of=None):
     """Causal attention of L new tokens, which follow `past`.
 
     q (R, heads, L, hd); k, v (R, kv_heads, L, hd) -> (R, heads, L, hd). past is one of
       None              nothing came before;
       (k, v)            of B prompts of one length, (B, kv_heads, P, hd), gradients and all: row r
-                        follows prompt rows[r], rows (R,) int64; None: R/B rows each, in order;
+                        follows prompt prompt_of[r], (R,) int64; None: R/B rows each, in order;
       any other object  its method attend(q, k, v) decides (the static cache of generate.py)."""
     if past is not None and not isinstance(past, tuple):
         return past.attend(q, k, v)
     if past is not None:
         old_k, old_v = past
-        if rows is None:
-            rows = torch.arange(len(q), device=q.device) // (len(q) // len(old_k))
+        if prompt_of is None:
+            prompt_of = torch.arange(len(q), device=q.device) // (len(q) // len(old_k))
         # By way of float32: backward adds up the rows of a prompt, and bf16 would round every sum.
-        k = torch.cat([old_k.float()[rows].to(k.dtype), k], dim=2)  # (R, kv_heads, P+L, hd)
-        v = torch.cat([old_v.float()[rows].to(v.dtype), v], dim=2)
+        k = torch.cat([old_k.float()[prompt_of].to(k.dtype), k], dim=2)  # (R, kv_heads, P+L, hd)
+        v = torch.cat([old_v.float()[prompt_of].to(v.dtype), v], dim=2)
     shared = q.shape[1] // k.shape[1]  # grouped queries: so many query heads share a key head
     k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
     L, S = q.shape[2], k.shape[2]
@@ -310,14 +310,14 @@ class DecoderLayer(nn.Module):
         gate, up = nn.Linear(D, inner, bias=False), nn.Linear(D, inner, bias=False)
         self.mlp = named(gate_proj=gate, up_proj=up, down_proj=nn.Linear(inner, D, bias=False))
 
-    def forward(self, x, rope, past, rows):
+    def forward(self, x, rope, past, prompt_of):
         """(R, L, D) -> (R, L, D), and the new tokens' keys and values (R, kv_heads, L, hd)."""
         attn, mlp = self.self_attn, self.mlp
         h = self.input_layernorm(x)
         q = rotate(split_heads(attn.q_proj(h), self.heads), rope)  # (R, heads, L, hd)
         k = rotate(split_heads(attn.k_proj(h), self.kv_heads), rope)  # (R, kv_heads, L, hd)
         v = split_heads(attn.v_proj(h), self.kv_heads)
-        h = attend(q, k, v, past, rows).transpose(1, 2).flatten(2)  # (R, L, D)
+        h = attend(q, k, v, past, prompt_of).transpose(1, 2).flatten(2)  # (R, L, D)
         x = x + attn.o_proj(h)
         h = self.post_attention_layernorm(x)
         return x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * mlp.up_proj(h)), (k, v)
@@ -351,10 +351,10 @@ class HumanOmni(nn.Module):
         self.lm_head = None if c["tie_word_embeddings"] else nn.Linear(D, V, bias=False)
         self.gradient_checkpointing = False
 
-    def trainable_copy(self, dtype):
+    def frozen_copy(self, dtype):
         """A frozen copy of what trains, in `dtype`; both towers and BERT are shared, not copied."""
         shared = (self.vision_tower, self.audio_tower, self.bert_model)
-        # deepcopy leaves alone what its table says is copied already: these, each as its own copy.
+        # The memo says that these have been copied already, each as itself: so they are shared.
         twin = copy.deepcopy(self, {id(module): module for module in shared})
         for child in set(twin.children()) - set(shared):
             child.requires_grad_(False).to(dtype)
@@ -441,11 +441,11 @@ class HumanOmni(nn.Module):
             prompts.append(self.embed_prompt(ids, video_tokens.get(b), audio_tokens.get(b))[0])
         return prompts
 
-    def forward(self, inputs_embeds, past=None, rows=None, positions=None, return_kv=False):
+    def forward(self, inputs_embeds, past=None, prompt_of=None, positions=None, return_kv=False):
         """The language model, causal: (R, L, D) -> hidden states after the final norm (R, L, D).
 
         past       one entry per layer, each as in `attend`: what the new tokens follow
-        rows       (R,) int64: the prompt in `past` that each row follows; None: R/B rows each
+        prompt_of  (R,) int64: the prompt in `past` that each row follows; None: R/B rows each
         positions  (R or 1, L) of the new tokens; None: on from the end of `past`
         return_kv  also return their keys and values, [(k, v)] per layer, ready to be `past`"""
         x, kv, device = inputs_embeds, [], inputs_embeds.device
@@ -465,7 +465,7 @@ class HumanOmni(nn.Module):
         for layer, layer_past in zip(self.layers, past or [None] * len(self.layers)):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 layer = partial(recompute, layer)  # keep its input only, run it again in backward
-            x, layer_kv = layer(x, rope, layer_past, rows)
+            x, layer_kv = layer(x, rope, layer_past, prompt_of)
             if return_kv:
                 kv.append(layer_kv)
         x = self.norm(x)

@@ -3,13 +3,18 @@
     python train_grpo.py                                   the toy, on a laptop
     python train_grpo.py --model DIR --data manifest.json --out runs/r1 --preset paper
 
-Labels are all the supervision there is: the model samples G completions per clip, two rules score
+Labels are all the supervision there is: the model samples G completions per clip, two rules reward
 them (right emotion? right format?), and what did better than its group becomes more likely. The
 loop at the end of this file is one update, numbered as in the README:
 
-    1. sample G completions of each of B prompts    4. advantages within each group
-    2. reward them                                  5. per-token KL to the reference
-    3. log-probabilities that stay fixed            6. loss, backward, optimizer step
+    1. sample G completions of each of B prompts
+    2. reward them
+    3. score them under the reference               log pi_ref stays fixed
+    4. advantages within each group
+    5. score them under the policy, with gradient   the KL compares it with the reference
+    6. loss, backward, optimizer step
+
+For GRPO alone, without clips, checkpoints and flags, read examples/lift_grpo.py first.
 
 Without --preset, the flags' defaults are the toy's. Without --model, what the toy needs is made
 first and kept for the next run: clips and the cold start, under runs/toy.
@@ -20,13 +25,12 @@ the same command goes on with it. docs/metrics.md explains every metric.
 """
 
 import math
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
 import data
-from evaluate import Trials
+from evaluate import RunEvaluation
 from grpo import completion_logps, completion_mask, group_advantages, grpo_loss, kl_in_reward
 from rewards import accuracy_reward, extract_answer, format_reward
 from support.clock import timed
@@ -38,18 +42,18 @@ from support.precision import autocast, compute_dtype
 from support.ranks import RANK, share_of_rank, sum_over_ranks
 from support.run import Run, TrainingFlags, input_files
 from support.sampler import make_sampler
-from support.updates import SHOWN, check_first_update, log_line, show_group, story_of
+from support.updates import SHOWN, check_first_update, evidence, log_line, show_group
 
 # The total reward is the sum of these (paper, eq. 5), and of those that --reward adds.
 REWARDS = {"accuracy": accuracy_reward, "format": lambda text, label: format_reward(text)}
 
 TOY_UPDATES = 100
-# The paper's; as are the defaults: 16 prompts x 8 completions, beta 0.04, one step per rollout, ...
+# Where the paper differs from the toy. Its 16 prompts x 8 completions, beta and clips are defaults.
 PAPER = {"epochs": 2.0, "max_new_tokens": 512, "lr": 1e-6, "micro_batch": 1, "save_every": 100}
 
 
 @dataclass
-class Config(TrainingFlags):
+class Config(TrainingFlags):  # and those: model, data, seed, workers, saving, ...
     val: tuple = flag((), "labelled manifests to evaluate on during training")
     test: tuple = flag((), "labelled manifests to evaluate on before and after")
     check: str = flag("", "module:function that says more about completions (see evaluate.py)")
@@ -62,12 +66,12 @@ class Config(TrainingFlags):
     group: int = flag(8, "G, completions per prompt, compared with each other", least=2)
     max_new_tokens: int = flag(64, "longest completion", least=1)
     reward: tuple = flag((), "further rewards, module:function(completion, label) -> float each")
-    lr: float = flag(2.5e-4, "learning rate at the start; falls linearly to 0", above=0)
+    lr: float = flag(2.5e-4, "learning rate at the start; falls linearly towards 0", above=0)
     beta: float = flag(0.04, "weight of the KL to the frozen starting point; 0: none", least=0)
     clip_eps: float = flag(0.2, "PPO clip of the ratio, felt from a rollout's second step", least=0)
     clip_norm: float = flag(1.0, "largest gradient norm", above=0)
     # variants; the defaults are the paper's
-    kl: str = flag("loss", "where the KL counts, as k3 or as k1", choices=("loss", "reward"))
+    kl: str = flag("loss", "where the KL counts; k3 or k1", choices=("loss", "reward"))
     std: bool = flag(True, "divide advantages by the group's std; --no-std is Dr. GRPO's")
     token_mean: bool = flag(False, "average the loss over all tokens, not completions (DAPO)")
     clip_high: float = flag(0.0, "the clip above 1, if not --clip-eps (DAPO: 0.28)", least=0)
@@ -88,22 +92,23 @@ class Rollout:
     """What the policy said to B prompts, and what stays fixed about it while the policy moves."""
 
     batch: data.Batch  # the B prompts
-    ids: torch.Tensor  # (B, G, C) int64; behind a completion's first EOS, EOS
+    ids: torch.Tensor  # (B, G, C) int64, padded with EOS
     mask: torch.Tensor  # (B, G, C) bool: tokens up to and including the first EOS
     sampled_logps: torch.Tensor  # (B, G, C) float32, of the policy as it drew them
     texts: list  # B lists of G completions, without special tokens
     ended: torch.Tensor  # (B, G) bool: by EOS, not cut off
     rewards: dict | None = None  # name -> (B, G) float32; step 2
-    ref_logps: torch.Tensor | None = None  # (B, G, C) float32, of the reference; step 3
-    old_logps: torch.Tensor | None = None  # (B, G, C) float32, of the policy before its first step
+    ref_logps: torch.Tensor | None = None  # (B, G, C) float32, under the reference; step 3
     advantages: torch.Tensor | None = None  # (B, G) float32; step 4
+    # (B, G, C) float32, under the policy before it moves, the ratio's denominator; step 5
+    old_logps: torch.Tensor | None = None
 
 
 @timed("rollout")
 @torch.no_grad()
 def sample_groups(sampler, omni, batch, seed):
     """1. G completions of each prompt, at temperature 1 from the whole vocabulary -> Rollout."""
-    sampler.refresh()
+    sampler.refresh()  # where a bf16 copy is sampled from: the policy's weights of now
     with autocast(omni.model):
         ids, logps = sampler(data.embed(omni.model, batch), seed)  # (B, G, C) both
     decoded = [[data.completion_text(omni.tokenizer, row) for row in group] for group in ids.cpu()]
@@ -127,10 +132,11 @@ def reward_groups(functions, rollout):
     return rewards
 
 
-def score(model, rollout):
-    """log pi of every sampled token, of prompts of one length -> (B, G, C) float32, 0 where masked.
+def logps_of(model, rollout):
+    """log pi of every sampled token -> (B, G, C) float32, 0 where masked.
 
-    Prompts are embedded anew each time: projectors that train make their video and audio tokens."""
+    All prompts must have one length (data.parts_of sees to it). They are embedded anew each time:
+    projectors that train make their video and audio tokens."""
     with autocast(model):
         prompts = torch.stack(data.embed(model, rollout.batch))  # (B, P, D)
         return completion_logps(model, prompts, rollout.ids, rollout.mask)
@@ -138,64 +144,90 @@ def score(model, rollout):
 
 @timed("score")
 @torch.no_grad()
-def fixed_logps(model, rollout, config):
-    """3. What a model, as it is now, thinks of the completions -> (B, G, C) float32."""
+def logps_without_gradient(model, rollout, config):
+    """3. As logps_of, a few prompts at a time -> (B, G, C) float32."""
     logps = torch.zeros_like(rollout.sampled_logps)
     for part in data.parts_of(rollout.batch, config.micro_batch):
-        logps[part] = score(model, data.take(rollout, part))
+        logps[part] = logps_of(model, data.take(rollout, part))
     return logps
 
 
 def advantages_of(rollout, config):
     """4. How much better than its group is each completion? (eq. 4) -> (B, G) float32."""
-    total = sum(rollout.rewards.values())  # eq. 5
+    reward = sum(rollout.rewards.values())  # eq. 5
     if config.kl == "reward":
-        total = kl_in_reward(total, rollout.old_logps, rollout.ref_logps, rollout.mask, config.beta)
-    return group_advantages(total, scale=config.std)
+        logps = (rollout.old_logps, rollout.ref_logps)
+        reward = kl_in_reward(reward, *logps, rollout.mask, config.beta)
+    return group_advantages(reward, scale=config.std)
 
 
 @timed("backward")
 def add_gradients(policy, rollout, config):
-    """5., 6. KL to the reference, loss, and its gradient, a few prompts at a time -> metrics.
+    """5., 6. Score under the policy, KL, loss and its gradient, a few prompts at a time.
 
-    One count, of the whole update on all ranks, normalises every part: losses, metrics and
-    gradients of the parts add up to those of the update."""
+    One normaliser, of the whole update on all ranks, divides every part: losses, metrics and
+    gradients of the parts add up to those of the update.
+
+    -> metrics, and the policy's log-probabilities (B, G, C), NaN for parts that were not scored:
+    they have nothing to teach, in this step and in the rollout's later ones."""
     beta = config.beta if config.kl == "loss" else 0.0
     mask = rollout.mask
     if config.mask_truncated:
         mask = mask & rollout.ended[..., None]
-    count = int(mask.sum()) if config.token_mean else rollout.ended.numel()
-    total = max(1, sum_over_ranks({"count": count})["count"])
-    variant = {"clip_eps": config.clip_eps, "clip_high": config.clip_high or None}
-    variant |= {"token_mean": config.token_mean, "total": total}
-    sums = Counter(loss=0.0, kl=0.0, clip_share=0.0)
-    logps_now = torch.full_like(rollout.sampled_logps, torch.nan)
+    here = int(mask.sum()) if config.token_mean else rollout.ended.numel()
+    normaliser = max(1, sum_over_ranks({"here": here})["here"])
+    sums = {"loss": 0.0, "kl": 0.0, "clip_share": 0.0}
+    all_logps = torch.full_like(rollout.sampled_logps, torch.nan)
     for part in data.parts_of(rollout.batch, config.micro_batch):
         piece = data.take(rollout, part)
-        if not mask[part].any() or not (beta or piece.advantages.any()):
-            continue  # nothing counts, or equal rewards and no KL: the gradient is exactly 0
-        logps = score(policy, piece)
+        has_signal = beta or piece.advantages.any()
+        if not (has_signal and mask[part].any()):
+            continue  # no KL and equal rewards, or nothing counts: the gradient is exactly 0
+        logps = logps_of(policy, piece)
         loss, metrics = grpo_loss(
-            logps, piece.old_logps, piece.ref_logps, piece.advantages, mask[part], beta, **variant
+            logps,
+            piece.old_logps,
+            piece.ref_logps,
+            piece.advantages,
+            mask[part],
+            beta,
+            config.clip_eps,
+            clip_high=config.clip_high or None,
+            token_mean=config.token_mean,
+            total=normaliser,
         )
         loss.backward()
-        logps_now[part] = logps.detach()
-        sums.update(loss=loss.item(), kl=metrics["kl"].item())
-        sums.update(clip_share=metrics["clip_share"].item())
-    if rollout.old_logps is None:  # the rollout's first step; later ones compare with it
-        rollout.old_logps = logps_now
-    return dict(sum_over_ranks(sums))
+        all_logps[part] = logps.detach()
+        sums["loss"] += loss.item()
+        sums["kl"] += metrics["kl"].item()
+        sums["clip_share"] += metrics["clip_share"].item()
+    return sum_over_ranks(sums), all_logps
 
 
 def load_policy(config):
-    """-> the policy with its tokenizers, and the reference: a frozen copy of it as its files are.
+    """-> the policy with its tokenizers, and the reference: a frozen copy of it as in its files.
 
-    A resumed run reads what it saved later, and into the policy alone (Run.track)."""
+    A resume overwrites the policy afterwards (Run.track), and never the reference."""
     omni = load(config)
     dtype = compute_dtype(omni.model.device)
-    reference = omni.model.trainable_copy(dtype) if config.beta else None
+    reference = omni.model.frozen_copy(dtype) if config.beta else None
     omni.model.gradient_checkpointing = config.gradient_checkpointing
     return omni, reference
+
+
+def training_batches(policy, examples, run):
+    """-> the clips, and batches of them from the run's next update on, in the order of its seed."""
+    config = run.config
+    order = data.data_order(len(examples), config.updates * config.prompts, config.seed)
+    order, prompts_here = share_of_rank(order, config.prompts, "--prompts")
+    clips = data.clips_of(policy, examples, config.fit, config.cache_features, keep=True)
+    skip_log = run.skip_log("skipped.txt")
+    return clips, data.batches(clips, order, prompts_here, config.workers, skip_log, run.step)
+
+
+def draw_seed(config, update):
+    """Every seed, update and rank draws its own completions, and the same ones after a resume."""
+    return config.seed * 1_000_003 + update + 1_000_000_007 * RANK
 
 
 def read_config(argv):
@@ -217,63 +249,61 @@ def main(argv=None):
     omni, reference = load_policy(config)
     policy = omni.model
     examples = read_examples(config.data, config)
-    trials = Trials(omni, config)
+    evaluation = RunEvaluation(omni, config)
     by_epochs = math.ceil(config.epochs * len(examples) / config.prompts)
     config.updates = config.updates or by_epochs or TOY_UPDATES
+
+    # The folder refuses another run's flags; the sampler's buffers are most of the memory. If one
+    # of them fails, let it be before anything long.
     run = Run(config.out, config, input_files(config))
-    optimizer = Optimizer(set_trainable(policy), config, run.folder)
-    order = data.data_order(len(examples), config.updates * config.prompts, config.seed)
-    order, prompts = share_of_rank(order, config.prompts, "--prompts")
-    sampler = make_sampler(omni, examples, prompts, config)
-    run.track(optimizer.parameters, optimizer.adamw)
-    optimizer.rest()
-    trials.before(run)
-    clips = data.clips_of(policy, examples, config.fit, config.cache_features, keep=True)
-    skip_log = run.skip_log("skipped.txt")
-    batches = data.batches(clips, order, prompts, config.workers, skip_log, start=run.step)
+    parameters = set_trainable(policy)
+    optimizer = Optimizer(parameters, config, run.folder)
+    clips, batches = training_batches(policy, examples, run)
+    sampler = make_sampler(omni, examples, config)
+    run.track(parameters, optimizer.adamw)  # a resumed run's weights and moments come back
+    optimizer.park_moments()
+    evaluation.before(run)
 
     for update, items in run.steps(batches, config.updates, "grpo"):
         # The frozen towers, once per clip: policy and reference share what comes out.
         batch = data.encode(omni, clips, items)
 
         # 1. Sample G completions of each of B prompts from the policy.
-        seed = config.seed * 1_000_003 + update + 1_000_000_007 * RANK
-        rollout = sample_groups(sampler, omni, batch, seed)
+        rollout = sample_groups(sampler, omni, batch, draw_seed(config, update))
 
         # 2. Reward them by rule (eq. 1, 5, 6).
         rollout.rewards = reward_groups(reward_functions, rollout)  # {name: (B, G)}
 
-        # 3. Score: the log-probabilities that stay fixed while the policy moves.
-        if reference:
-            rollout.ref_logps = fixed_logps(reference, rollout, config)  # (B, G, C)
+        # 3. Score them under the reference; if the KL is a part of the reward, under the policy
+        # too.
+        if reference is not None:
+            rollout.ref_logps = logps_without_gradient(reference, rollout, config)  # (B, G, C)
         if config.kl == "reward":
-            rollout.old_logps = fixed_logps(policy, rollout, config)  # (B, G, C)
+            rollout.old_logps = logps_without_gradient(policy, rollout, config)  # (B, G, C)
 
         # 4. Advantages within each group (eq. 4).
         rollout.advantages = advantages_of(rollout, config)  # (B, G)
 
-        # 5., 6. KL to the reference, loss, optimizer step (eq. 2, 3).
-        lr = config.lr * (1 - (update - 1) / config.updates)
-        steps = []
+        # 5., 6. Score under the policy, KL to the reference, loss, optimizer step (eq. 2, 3).
+        step_metrics = []
         for _ in range(config.updates_per_rollout):
-            metrics = add_gradients(policy, rollout, config)
-            if not run.metrics:
+            metrics, logps = add_gradients(policy, rollout, config)
+            if rollout.old_logps is None:
+                rollout.old_logps = logps  # later steps of this rollout compare with its first
+            if not run.metrics and not step_metrics:
                 check_first_update(rollout, compute_dtype(policy.device))
-            finite = {
-                "log-probabilities": rollout.sampled_logps[rollout.mask],
-                "loss": metrics["loss"],
-            }
-            metrics |= optimizer.step(lr, finite, story_of(update, rollout))
-            steps.append(metrics)
+            lr = config.lr * (1 - (update - 1) / config.updates)
+            metrics |= optimizer.step(lr, evidence(update, rollout, metrics["loss"]))
+            step_metrics.append(metrics)
 
-        line = log_line(update, rollout, steps)
-        if trials.due(update):
-            line |= trials.validate(update, run)
+        line = log_line(update, rollout, step_metrics)
+        if evaluation.due(update):
+            line |= evaluation.validate(update, run)
         if config.show_every and (update % config.show_every == 0 or update == 1):
             show_group(update, rollout)
         run.log(line, SHOWN)
 
-    trials.after(run)
+    evaluation.after(run)
 
 
 if __name__ == "__main__":

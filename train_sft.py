@@ -27,7 +27,7 @@ from grpo import chunked_logps
 from support.clock import lap, timed
 from support.errors import DataError
 from support.flags import flag, load, parse_flags, read_examples, run_script
-from support.optimizer import Optimizer, set_trainable
+from support.optimizer import Evidence, Optimizer, set_trainable
 from support.precision import autocast
 from support.ranks import on_first_rank, share_of_rank, sum_over_ranks
 from support.run import Run, TrainingFlags, check_room, input_files, input_paths, make_room
@@ -111,7 +111,7 @@ def main(argv=None):
     run = Run(f"{config.out}.run", config, input_files(config))
     optimizer = Optimizer(set_trainable(omni.model, config.train_towers), config, run.folder)
     run.track(optimizer.parameters, optimizer.adamw)
-    optimizer.rest()
+    optimizer.park_moments()
     clips = data.clips_of(omni.model, examples, config.fit, keep=not config.train_towers)
     skip_log = run.skip_log("skipped.txt")
     batches = data.batches(clips, order, own_size, config.workers, skip_log, start=run.step)
@@ -120,8 +120,9 @@ def main(argv=None):
     for step, items in run.steps(batches, steps, f"sft {Path(config.out).name}"):
         metrics = add_gradients(omni, clips, items, config)
         lr = config.lr * cosine(step - 1, steps)
-        story = {"step": step, "examples": [clips.examples[item["index"]] for item in items]}
-        metrics |= optimizer.step(lr, metrics, story)
+        examples_now = [clips.examples[item["index"]] for item in items]
+        story = {"step": step, "examples": examples_now}
+        metrics |= optimizer.step(lr, Evidence(step, dict(metrics), story))
         run.log({"step": step, **metrics, **lap()}, ["loss"])
 
     on_first_rank(lambda: place_checkpoint(config, run.folder, omni.model, nothing_left))

@@ -17,7 +17,14 @@ from generate import Decoding, Sampler
 from grpo import group_advantages, grpo_loss
 from support.clock import lap, timed
 from support.optimizer import Optimizer, set_trainable
-from train_grpo import Config, add_gradients, advantages_of, fixed_logps, sample_groups
+from support.updates import evidence
+from train_grpo import (
+    Config,
+    add_gradients,
+    advantages_of,
+    logps_without_gradient,
+    sample_groups,
+)
 
 EOS = 2  # ends completions of forced lengths
 
@@ -88,12 +95,11 @@ class Update:
             batch = self.bench.encode(self.clips)
         rollout = sample_groups(self.sampler, self.omni, batch, seed=0)
         rollout.rewards = {"random": self.rewards}
-        rollout.ref_logps = fixed_logps(self.bench.reference, rollout, self.config)
+        rollout.ref_logps = logps_without_gradient(self.bench.reference, rollout, self.config)
         rollout.advantages = advantages_of(rollout, self.config)
-        metrics = add_gradients(self.bench.model, rollout, self.config)
-        self.optimizer.step(0.0, metrics, {"update": 0})
+        metrics, _ = add_gradients(self.bench.model, rollout, self.config)
+        self.optimizer.step(0.0, evidence(0, rollout, metrics["loss"]))
         self.seconds = lap()
-        return rollout
 
 
 class OtherUpdate:

@@ -340,7 +340,7 @@ class CountedModel:
     def __init__(self):
         self.positions = self.head_rows = 0
 
-    def __call__(self, embeds, past=None, rows=None, return_kv=False):
+    def __call__(self, embeds, past=None, prompt_of=None, return_kv=False):
         if past is not None:
             self.positions += embeds.shape[0] * embeds.shape[1]
         return (embeds, []) if return_kv else embeds

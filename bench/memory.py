@@ -170,9 +170,10 @@ def scoring_bytes(G, C, trains, checkpointing=False):
         if trains:
             logps.sum().backward()
 
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)
     with torch.set_grad_enabled(trains):
-        if trains and policy.norm.weight.grad is None:
-            score()  # makes the gradients
         return counted(score)[0]
 
 

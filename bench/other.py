@@ -50,7 +50,7 @@ class OtherModel:
 
     def __init__(self, model, dtype, trains):
         self.llm = qwen2(model, dtype)
-        self.parts = model.trainable_copy(dtype)
+        self.parts = model.frozen_copy(dtype)
         self.parts.layers, self.parts.norm = None, None
         self.parts.embed_tokens = self.llm.model.embed_tokens
         projectors = (self.parts.mm_projector, self.parts.audio_projector, self.parts.bert_gate)

@@ -61,11 +61,11 @@ class Bench:
     @functools.cached_property
     def working(self):
         """What is sampled from: a bf16 copy on a GPU, in float32 the policy itself."""
-        return self.model.trainable_copy(self.dtype) if self.on_gpu else None
+        return self.model.frozen_copy(self.dtype) if self.on_gpu else None
 
     @functools.cached_property
     def reference(self):
-        return self.model.trainable_copy(self.dtype)
+        return self.model.frozen_copy(self.dtype)
 
     @functools.cached_property
     def other(self):

@@ -21,7 +21,7 @@ from bench.other import qwen2
 from bench.rows import NotHere, Unequal, need, row
 from bench.setup import Bench
 from support.optimizer import set_trainable
-from train_grpo import Rollout, add_gradients, fixed_logps
+from train_grpo import Rollout, add_gradients, logps_without_gradient
 
 INSTALL = "trl==1.16.* transformers==5.24.*"
 P = 143  # the toy's prompt, its video and sound included
@@ -130,7 +130,7 @@ def check_update(update, trainer):
     """Hold TRL's update, its gradient just made, against ours of the same completions."""
     bench, model = update.bench, update.bench.model
     rollout = their_rollout(bench, bench.encode(update.clips), trainer)
-    logps = fixed_logps(bench.reference, rollout, update.config)
+    logps = logps_without_gradient(bench.reference, rollout, update.config)
     gap = (logps - rollout.ref_logps).abs().max().item()
     add_gradients(model, rollout, update.config)
     torch.nn.utils.clip_grad_norm_(set_trainable(model).values(), update.config.clip_norm)

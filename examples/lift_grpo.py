@@ -19,7 +19,7 @@ from rewards import accuracy_reward, format_reward
 
 CUES, LABELS = ["smile", "frown", "glare"], ["happy", "sad", "angry"]
 WORDS = [*CUES, *LABELS, "<think>", "</think>", "<answer>", "</answer>", "<eos>"]
-EOS = WORDS.index("<eos>")
+FORM = "<think> {} </think> <answer> {} </answer> <eos>"
 
 
 class TinyLM(nn.Module):
@@ -29,9 +29,9 @@ class TinyLM(nn.Module):
         self.gru = nn.GRU(D, D, batch_first=True)
         self.logits = nn.Linear(D, len(WORDS))
 
-    def forward(self, embeds, past=None, rows=None, return_kv=False):
-        """(R, L, D) -> (R, L, D). past (1, B, D): states of B prompts; row i follows rows[i]."""
-        hidden, state = self.gru(embeds, past if rows is None else past[:, rows])
+    def forward(self, embeds, past=None, prompt_of=None, return_kv=False):
+        """(R, L, D) -> (R, L, D). past (1, B, D): of B prompts; row i follows prompt_of[i]."""
+        hidden, state = self.gru(embeds, past if prompt_of is None else past[:, prompt_of])
         return (hidden, state) if return_kv else hidden
 
     @torch.no_grad()
@@ -60,8 +60,7 @@ def main(updates=80, G=16, C=8, seed=0):
 
     for _ in range(60):  # the cold start: it imitates the format, with any emotion as the answer
         guesses = [LABELS[i] for i in torch.randint(3, (3,))]
-        form = "<think> {} </think> <answer> {} </answer> <eos>"
-        words = [form.format(*pair).split() for pair in zip(CUES, guesses)]
+        words = [FORM.format(*pair).split() for pair in zip(CUES, guesses)]
         ids = torch.tensor([[[WORDS.index(word) for word in row]] for row in words])  # (B, 1, C)
         (-completion_logps(model, model.embed_tokens(cues), ids).mean()).backward()
         optimizer.step()
@@ -71,7 +70,7 @@ def main(updates=80, G=16, C=8, seed=0):
     for update in range(1, updates + 1):  # GRPO, numbered as in grpo.py; no reference, so no KL (5)
         prompts = model.embed_tokens(cues)  # (B, P, D)
         ids = model.sample(prompts, G, C)  # 1. (B, G, C)
-        mask = completion_mask(ids, EOS)
+        mask = completion_mask(ids, WORDS.index("<eos>"))
         rewards = [[reward(row, label) for row in g] for g, label in zip(ids.tolist(), LABELS)]
         rewards = torch.tensor(rewards)  # 2. (B, G)
         logps = completion_logps(model, prompts, ids, mask)  # 3. (B, G, C)

@@ -2,6 +2,7 @@
 scripts."""
 
 import json
+from dataclasses import dataclass
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -14,15 +15,27 @@ from support.ranks import rank_file, sum_gradients_over_ranks, true_on_any_rank
 
 
 def set_trainable(model, towers=False):
-    """Freeze BERT, and the towers unless they are to train -> name -> parameter of what trains."""
+    """Freeze BERT, and the towers unless they are to train; what is frozen is held in
+    compute_dtype.
+
+    -> name -> parameter of what trains, in float32, as small steps need it."""
     frozen = [model.bert_model]
     if not towers:
         frozen += [model.vision_tower, model.audio_tower]
     model.requires_grad_(True)
     for encoder in frozen:
         encoder.requires_grad_(False)
-        encoder.to(compute_dtype(model.device))  # float32 is for what takes small steps
+        encoder.to(compute_dtype(model.device))
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@dataclass
+class Evidence:
+    """What an optimizer step rests on, for the case that something in it is not finite."""
+
+    number: int  # of the step
+    must_be_finite: dict  # name -> number or tensor
+    story: dict  # JSON-able: what went in and what came out; written to a file in that case
 
 
 class Optimizer:
@@ -39,55 +52,50 @@ class Optimizer:
             parameters.values(), lr=config.lr, weight_decay=0.0, fused=True
         )
         self.device = next(iter(parameters.values())).device
-        self.resting = "cpu" if config.offload_optimizer else self.device
+        self.parked_on = "cpu" if config.offload_optimizer else self.device
 
-    def rest(self):
-        """Between steps: AdamW's moments where they are not in the way."""
-        self.move_moments(self.resting)
+    def park_moments(self):
+        """Between steps AdamW's moments are where --offload-optimizer wants them."""
+        self._move_moments(self.parked_on)
 
-    def move_moments(self, device):
-        """AdamW's moments to a device: to the GPU for a step, away where a phase needs the room."""
+    def _move_moments(self, device):
         for state in self.adamw.state.values():
             moments = {name: tensor for name, tensor in state.items() if tensor.dim()}
             state.update({name: tensor.to(device) for name, tensor in moments.items()})
 
     @timed("optimizer")
-    def step(self, lr, finite, story):
+    def step(self, lr, evidence):
         """One step with the gradients at hand, which are gone afterwards -> metrics.
 
-        lr      learning rate of this step
-        finite  name -> number or tensor; unless all are finite, and the gradient too, there is no
-                step: TrainingError, or only a word with --skip-nonfinite
-        story   JSON-able dict of what went in and came out, written to a file in that case; its
-                first entry is the number of the step
+        lr  learning rate of this step
 
-        Without a gradient (nothing to learn from this batch) there is no step either: AdamW would
-        move the weights by momentum alone."""
+        Something that is not finite, the gradient included, is a TrainingError, or, with
+        --skip-nonfinite, a step left out. Without a gradient (nothing to learn from this batch)
+        there is no step either: AdamW would move the weights by momentum alone."""
         parameters = list(self.parameters.values())
         sum_gradients_over_ranks(parameters)
         left_out = all(parameter.grad is None for parameter in parameters)
         norm = clip_grad_norm_(parameters, self.config.clip_norm)
         if not left_out:
-            left_out = not self._all_finite({**finite, "gradient norm": norm}, story)
+            left_out = not self._all_finite(evidence, norm)
         if not left_out:
             for group in self.adamw.param_groups:
                 group["lr"] = lr
-            self.move_moments(self.device)
+            self._move_moments(self.device)
             self.adamw.step()
-            self.rest()
+            self.park_moments()
         self.adamw.zero_grad()
         return {"grad_norm": norm.item(), "lr": lr, "steps_left_out": int(left_out)}
 
-    def _all_finite(self, values, story):
+    def _all_finite(self, evidence, norm):
+        values = {**evidence.must_be_finite, "gradient norm": norm}
         broken = [name for name, x in values.items() if not torch.as_tensor(x).isfinite().all()]
         if not true_on_any_rank(broken):  # all ranks leave the step out, or none
             return True
         broken = broken or ["another rank's numbers"]
-        number = next(iter(story.values()))
-        file = rank_file(self.folder / f"nonfinite_{number:06}.json")
-        text = json.dumps(
-            {"not_finite": broken, **story}, indent=1, ensure_ascii=False, default=str
-        )
+        file = rank_file(self.folder / f"nonfinite_{evidence.number:06}.json")
+        story = {"not_finite": broken, **evidence.story}
+        text = json.dumps(story, indent=1, ensure_ascii=False, default=str)
         with naming(file):
             file.write_text(text + "\n", encoding="utf-8")
         message = f"{' and '.join(broken)} not finite; what went in and came out is in {file}"

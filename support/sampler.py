@@ -5,19 +5,20 @@ import torch
 from data import longest_prompt
 from generate import Decoding, Sampler
 from support.precision import autocast, compute_dtype
+from support.ranks import WORLD
 
 
-def make_sampler(omni, examples, prompts, config):
-    """A sampler for so many prompts at a time. Its buffers are the largest thing of all."""
+def make_sampler(omni, examples, config):
+    """A sampler for this rank's prompts of an update, with its buffers, compiled on a GPU."""
     dtype = compute_dtype(omni.model.device)
     sampler = Sampler(
         omni.model,
-        prompts,
+        config.prompts // WORLD,
         config.group,
         longest_prompt(omni, examples),
         Decoding(config.max_new_tokens, eos_token_id=omni.tokenizer.eos_token_ids),
         # In float32 the policy itself is sampled from.
-        copy=None if dtype == torch.float32 else omni.model.trainable_copy(dtype),
+        copy=None if dtype == torch.float32 else omni.model.frozen_copy(dtype),
         compiled=config.compile and omni.model.device.type == "cuda",
     )
     if sampler.compiled:

@@ -5,6 +5,7 @@ from tqdm import tqdm
 
 from show import group_text
 from support.clock import lap
+from support.optimizer import Evidence
 from support.ranks import mean_over_ranks, sum_over_ranks
 
 # How far two passes over the same tokens may differ in log-probability, mean over the tokens of the
@@ -15,7 +16,10 @@ SHOWN = ("reward_accuracy", "reward_format", "kl", "completion_length", "tokens_
 
 
 def mean_gap(a, b, mask):
-    """Mean |a - b| over the tokens of the mask, on all ranks; NaN where one is not known."""
+    """Mean |a - b| over the mask's tokens on all ranks; those that are NaN on one side are left
+    out.
+
+    NaN if none is left."""
     gaps = (a - b)[mask].abs()
     known = ~gaps.isnan()
     sums = {"gap": gaps[known].sum().item(), "tokens": int(known.sum())}
@@ -24,13 +28,15 @@ def mean_gap(a, b, mask):
 
 
 def check_first_update(rollout, dtype):
-    """Before the policy has moved, rollout, scoring and reference must agree on every token."""
+    """Before the policy has moved, rollout, scoring and reference must agree on every token.
+
+    NaNs are not looked at: the optimizer's step finds them, and tells what led to them."""
     gaps = {"scoring": rollout.old_logps, "reference": rollout.ref_logps}
     for name, logps in gaps.items():
         if logps is None:
             continue
         gap = mean_gap(logps, rollout.sampled_logps, rollout.mask)
-        if gap > TOLERANCE[dtype]:  # a NaN is found later, with what led to it
+        if gap > TOLERANCE[dtype]:
             raise RuntimeError(
                 f"the first update's log-probabilities of rollout and {name} differ by {gap:.2e} "
                 f"per token on average (tolerance for {dtype}: {TOLERANCE[dtype]}): they are not "
@@ -38,38 +44,44 @@ def check_first_update(rollout, dtype):
             )
 
 
-def story_of(update, rollout):
-    """What went into an update and what came out, JSON-able."""
-    return {
-        "update": update,
-        "prompts": rollout.batch.examples,
-        "completions": rollout.texts,
-        "rewards": {name: values.tolist() for name, values in rollout.rewards.items()},
-    }
+def evidence(update, rollout, loss):
+    """What an optimizer step of this rollout rests on."""
+    logps = rollout.sampled_logps[rollout.mask]
+    return Evidence(
+        number=update,
+        must_be_finite={"sampled log-probabilities": logps, "loss": loss},
+        story={
+            "update": update,
+            "prompts": rollout.batch.examples,
+            "completions": rollout.texts,
+            "rewards": {name: values.tolist() for name, values in rollout.rewards.items()},
+        },
+    )
 
 
-def log_line(update, rollout, steps):
+def log_line(update, rollout, step_metrics):
     """One line of metrics.jsonl, about the whole update, on all ranks.
 
-    steps: the metrics of each of the rollout's optimizer steps, which are averaged."""
+    step_metrics: of each of the rollout's optimizer steps; they are averaged."""
     rewards, lengths = rollout.rewards, rollout.mask.sum(-1)  # (B, G) each
-    total = sum(rewards.values())
+    reward = sum(rewards.values())
     mean_logps = (rollout.sampled_logps * rollout.mask).sum(-1) / lengths
-    per_completion = {"reward": total}
+    per_completion = {"reward": reward}
     per_completion |= {f"reward_{name}": values for name, values in rewards.items()}
     per_completion |= {
-        "entropy": -mean_logps,
+        "entropy": -mean_logps,  # an estimate, by the samples themselves
         "completion_length": lengths,
         "truncated": ~rollout.ended,
-        "zero_spread": (total == total[:, :1]).all(dim=1),
+        "zero_spread": (reward == reward[:, :1]).all(dim=1),
     }
     means = {name: values.float().mean().item() for name, values in per_completion.items()}
     means = mean_over_ranks(means, len(rollout.batch))
-    optimized = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+    steps = len(step_metrics)
+    averages = {name: sum(m[name] for m in step_metrics) / steps for name in step_metrics[0]}
     if rollout.ref_logps is None:
-        optimized["kl"] = None  # not 0 but unknown
+        averages["kl"] = None  # not 0 but unknown
     mismatch = mean_gap(rollout.old_logps, rollout.sampled_logps, rollout.mask)
-    line = {"update": update, **means, **optimized, "mismatch": mismatch, **lap()}
+    line = {"update": update, **means, **averages, "mismatch": mismatch, **lap()}
     tokens = sum_over_ranks({"tokens": int(lengths.sum())})["tokens"]
     line["tokens_per_second"] = tokens / line["seconds"]
     if torch.cuda.is_initialized():

@@ -3,11 +3,12 @@
 import importlib.util
 import json
 
-import pytest
 import torch
 
 from bench import __main__ as bench
+from bench import memory
 from bench.arms import forced_lengths
+from bench.memory import update_bytes
 
 SIZES = "--prompt-tokens 200 --new-tokens 4 --completion 8 --repeats 1 --chunk 32".split()
 
@@ -68,10 +69,13 @@ def test_padding_is_counted_and_only_live_tokens_reach_the_head(capsys):
     assert "rows of the head = live tokens" in measure["note"]
 
 
-def test_trl_is_compared_with_where_it_is_installed(capsys):
-    """T3: made only if asked for; without TRL it says how to get it."""
-    if importlib.util.find_spec("trl") is not None:
-        pytest.skip("TRL is installed")
+def test_without_trl_its_measure_says_how_to_get_it(capsys, monkeypatch):
+    find_spec = importlib.util.find_spec
+
+    def without_trl(name, package=None):
+        return None if name == "trl" else find_spec(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without_trl)
     code, result = printed(capsys, "--only", "T3")
     assert code == 0
     assert set(result["measures"]) == {"T3/toy", "T3/256"}
@@ -88,11 +92,24 @@ def test_forced_lengths_are_the_same_list_with_the_mean_in_the_middle():
 
 
 def test_what_fits_is_counted():
-    """One configuration, counted twice: more completions need more, checkpointing less."""
-    from bench.memory import Update, update_bytes
+    assert 10 * 2**30 < sum(update_bytes(memory.Update(1, 2, 16)).values()) < 20 * 2**30
 
-    plain = sum(update_bytes(Update(1, 2, 16)).values())
-    again = sum(update_bytes(Update(1, 2, 16, checkpointing=True)).values())
-    wide = sum(update_bytes(Update(1, 4, 16)).values())
+
+def test_more_completions_need_more_memory_and_checkpointing_less(monkeypatch):
+    """Counted for a language model of four layers, which is quicker."""
+    llm = memory.FULL_SIZE["llm"] | {"num_hidden_layers": 4}
+    monkeypatch.setattr(memory, "FULL_SIZE", memory.FULL_SIZE | {"llm": llm})
+    forget_counts()
+    plain = sum(update_bytes(memory.Update(1, 2, 16)).values())
+    again = sum(update_bytes(memory.Update(1, 2, 16, checkpointing=True)).values())
+    wide = sum(update_bytes(memory.Update(1, 4, 16)).values())
+    forget_counts()
     assert again < plain < wide
-    assert 10 * 2**30 < plain < 20 * 2**30
+
+
+def forget_counts():
+    memory.fake_models.cache_clear()
+    memory.weight_bytes.cache_clear()
+    memory.encode_bytes.cache_clear()
+    memory.rollout_bytes.cache_clear()
+    memory.scoring_bytes.cache_clear()

@@ -237,7 +237,7 @@ def test_a_sampler_is_used_again_with_other_prompts_and_fewer(model, prompts):
 
 
 def test_refresh_brings_new_weights_into_the_working_copy_in_place(model, prompts):
-    working = model.trainable_copy(torch.float32)
+    working = model.frozen_copy(torch.float32)
     sampler = Sampler(model, 2, 1, prompts.shape[1], Decoding(8, temperature=0), copy=working)
     addresses = [p.data_ptr() for p in working.parameters()]
     old, _ = sampler(prompts)
@@ -255,7 +255,7 @@ def test_refresh_brings_new_weights_into_the_working_copy_in_place(model, prompt
 
 def test_a_bf16_copy_samples_almost_the_same_distribution(model, prompts):
     sampler = Sampler(
-        model, 2, 4, prompts.shape[1], Decoding(8), copy=model.trainable_copy(torch.bfloat16)
+        model, 2, 4, prompts.shape[1], Decoding(8), copy=model.frozen_copy(torch.bfloat16)
     )
     assert sampler.dtype == torch.bfloat16 and sampler.logps.dtype == torch.float32
     ids, logps = sampler(prompts, seed=0)

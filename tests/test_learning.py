@@ -25,7 +25,7 @@ def test_grpo_learns_which_word_to_say_and_to_stop():
     model = HumanOmni(small_llm_config(vocab_size=len(WORDS)))
     torch.nn.init.normal_(model.embed_tokens.weight, std=0.02)
     prompts = torch.randn(4, 3, 16)  # (B, P, D)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     decoding = Decoding(max_new_tokens=4, eos_token_id=EOS)
     history = []
     for update in range(120):

@@ -200,7 +200,7 @@ def test_rows_follow_their_own_prompts(model, prompts, checkpointing):
     tokens, weights = torch.randn(6, 5, 48), torch.randn(6, 5, 48)
 
     _, kv = model(prompts, return_kv=True)
-    together = model(tokens, past=kv, rows=rows)
+    together = model(tokens, past=kv, prompt_of=rows)
     alone = torch.empty_like(together)
     for b in range(3):
         _, kv = model(prompts[b : b + 1], return_kv=True)
@@ -231,7 +231,7 @@ def test_without_rows_every_prompt_has_as_many_in_order(model, prompts):
     _, kv = model(prompts, return_kv=True)
     embeds = model.embed_tokens(torch.randint(0, 300, (6, 5)))
     rows = torch.tensor([0, 0, 0, 1, 1, 1])
-    assert torch.equal(model(embeds, past=kv), model(embeds, past=kv, rows=rows))
+    assert torch.equal(model(embeds, past=kv), model(embeds, past=kv, prompt_of=rows))
 
 
 def test_full_size_has_the_published_counts():

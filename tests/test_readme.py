@@ -206,7 +206,7 @@ def test_every_step_and_the_mathematics_are_linked():
     wanted = [
         {"sample_groups", "Sampler"},
         {"reward_groups", "accuracy_reward", "format_reward"},
-        {"fixed_logps", "completion_logps"},
+        {"logps_without_gradient", "completion_logps"},
         {"advantages_of", "group_advantages"},
         {"per_token_kl"},
         {"add_gradients", "grpo_loss"},

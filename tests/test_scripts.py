@@ -1,4 +1,5 @@
-"""Every script, end to end for a few steps, on the small golden checkpoint and real mp4 files; and what they refuse."""
+"""Every script, end to end for a few steps, on the small golden checkpoint and real mp4 files; and
+what they refuse."""
 
 import ast
 import json
@@ -10,213 +11,122 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT
+from conftest import ROOT
+from runs import (
+    CHECKPOINT,
+    CLIPS,
+    EVALUATE,
+    GRPO,
+    LABELS,
+    SFT,
+    entry,
+    read_metrics,
+    without_times,
+    write_manifest,
+)
 from safetensors.torch import load_file
 
-import checkpoint
-import common
+import data
 import evaluate
 import train_grpo
 import train_sft
-from data import QUESTION_REASONING, DataError, Example
-from model import HumanOmni
-
-CHECKPOINT = str(GOLDEN / "tiny" / "humanomni")
-LABELS = ["happy", "sad", "angry"]
+from model import AudioTower, HumanOmni, VisionTower
+from support import flags, updates
+from support.errors import DataError
 
 
 @pytest.fixture
 def manifest(tmp_path):
     """Six labelled entries over the two golden clips."""
-    entries = [
-        {
-            "video": str(GOLDEN / "media" / f"clip{'16k' * (i % 2)}.mp4"),
-            "conversations": [
-                {"from": "human", "value": f"<video>\n<audio>\n{QUESTION_REASONING}"},
-                {"from": "gpt", "value": LABELS[i % 3]},
-            ],
-        }
-        for i in range(6)
-    ]
-    path = tmp_path / "manifest.json"
-    path.write_text(json.dumps(entries))
-    return str(path)
+    return write_manifest(tmp_path / "manifest.json")
 
 
-def read_metrics(folder):
-    config, *lines = [
-        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
-    ]
-    return config, lines
+def grpo(manifest, out, more=""):
+    """A GRPO run -> its lines of metrics.jsonl."""
+    train_grpo.main([*GRPO, "--data", manifest, "--out", str(out), *more.split()])
+    return read_metrics(out)[1]
+
+
+def sft(manifest, out, more=""):
+    """A fine-tuning -> its lines of metrics.jsonl."""
+    train_sft.main([*SFT, "--data", manifest, "--out", str(out), *more.split()])
+    return read_metrics(out)[1]
+
+
+def evaluation(manifest, out, more=""):
+    """An evaluation -> what it wrote about the manifest."""
+    evaluate.main([*EVALUATE, "--data", manifest, "--out", str(out), *more.split()])
+    return json.loads((Path(out) / f"{Path(manifest).stem}.json").read_text())
+
+
+def variety(completion, label):
+    """A reward that tells random completions apart."""
+    return len(set(completion)) / 10
+
+
+def moved(out):
+    """Names of the saved tensors that are not those of the checkpoint that training began with."""
+    before, after = load_file(f"{CHECKPOINT}/model.safetensors"), load_file(out)
+    return {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+
+
+# --------------------------------------------------------------------------------------------------
+# Supervised fine-tuning
 
 
 def test_sft_trains_what_it_should_and_nothing_else(manifest, tmp_path):
-    train_sft.main(
-        [
-            "--model",
-            CHECKPOINT,
-            "--data",
-            manifest,
-            "--out",
-            str(tmp_path / "sft"),
-            "--steps",
-            "12",
-            "--batch-size",
-            "3",
-            "--micro-batch",
-            "2",
-            "--lr",
-            "3e-3",
-            "--save-dtype",
-            "float32",
-            "--workers",
-            "0",
-        ]
-    )
-    _, lines = read_metrics(tmp_path / "sft")
+    more = "--steps 12 --batch-size 3 --micro-batch 2 --lr 3e-3 --save-dtype float32"
+    lines = sft(manifest, tmp_path / "sft", more)
     assert len(lines) == 12 and lines[-1]["loss"] < 0.7 * lines[0]["loss"]
-    before, after = (
-        load_file(f"{folder}/model.safetensors") for folder in (CHECKPOINT, tmp_path / "sft")
-    )
-    moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    weights = tmp_path / "sft" / "model.safetensors"
     frozen = ("model.vision_tower", "model.audio_tower", "model.bert_model")
-    # All that trains has moved, but for the word pieces: those that never occurred keep their embeddings' rows.
-    assert moved == {name for name in after if not name.startswith(frozen)}
+    # All that trains has moved.
+    assert moved(weights) == {name for name in load_file(weights) if not name.startswith(frozen)}
     HumanOmni.from_pretrained(tmp_path / "sft")
 
 
 def test_micro_batches_change_nothing(manifest, tmp_path):
     losses = []
     for size in ("0", "1", "4"):
-        train_sft.main(
-            [
-                "--model",
-                CHECKPOINT,
-                "--data",
-                manifest,
-                "--out",
-                str(tmp_path / size),
-                "--steps",
-                "3",
-                "--batch-size",
-                "6",
-                "--micro-batch",
-                size,
-                "--lr",
-                "1e-3",
-                "--workers",
-                "0",
-            ]
-        )
-        losses.append([line["loss"] for line in read_metrics(tmp_path / size)[1]])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[2] == pytest.approx(
-        losses[0], rel=1e-4
-    )
+        more = f"--steps 3 --batch-size 6 --lr 1e-3 --micro-batch {size}"
+        losses.append([line["loss"] for line in sft(manifest, tmp_path / size, more)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_sft_of_nothing_is_refused(manifest, tmp_path):
     with pytest.raises(DataError, match="nothing to train"):
-        train_sft.main(
-            [
-                "--model",
-                CHECKPOINT,
-                "--data",
-                manifest,
-                "--out",
-                str(tmp_path / "sft"),
-                "--epochs",
-                "0",
-                "--workers",
-                "0",
-            ]
-        )
+        sft(manifest, tmp_path / "sft", "--steps 0 --epochs 0")
     assert not (tmp_path / "sft").exists()
 
 
 def test_towers_train_on_request(manifest, tmp_path):
-    train_sft.main(
-        [
-            "--model",
-            CHECKPOINT,
-            "--data",
-            manifest,
-            "--out",
-            str(tmp_path / "sft"),
-            "--steps",
-            "1",
-            "--batch-size",
-            "2",
-            "--lr",
-            "1e-3",
-            "--train-towers",
-            "--save-dtype",
-            "float32",
-            "--workers",
-            "0",
-        ]
-    )
-    before, after = (
-        load_file(f"{folder}/model.safetensors") for folder in (CHECKPOINT, tmp_path / "sft")
-    )
-    moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
-    assert any("vision_tower" in name for name in moved) and any(
-        "audio_tower" in name for name in moved
-    )
-    assert not any("bert_model" in name for name in moved)
+    sft(manifest, tmp_path / "sft", "--lr 1e-3 --train-towers --save-dtype float32")
+    names = moved(tmp_path / "sft" / "model.safetensors")
+    assert any("vision_tower" in name for name in names)
+    assert any("audio_tower" in name for name in names)
+    assert not any("bert_model" in name for name in names)
+
+
+# --------------------------------------------------------------------------------------------------
+# GRPO
 
 
 @pytest.mark.parametrize("beta, steps_per_rollout", [("0.04", "1"), ("0.04", "2"), ("0", "1")])
 def test_grpo_runs_end_to_end(manifest, tmp_path, beta, steps_per_rollout, capsys):
     out = tmp_path / "grpo"
-    train_grpo.main(
-        [
-            "--model",
-            CHECKPOINT,
-            "--data",
-            manifest,
-            "--val",
-            manifest,
-            "--test",
-            manifest,
-            "--out",
-            str(out),
-            "--updates",
-            "3",
-            "--prompts",
-            "2",
-            "--group",
-            "3",
-            "--max-new-tokens",
-            "6",
-            "--lr",
-            "1e-3",
-            "--beta",
-            beta,
-            "--updates-per-rollout",
-            steps_per_rollout,
-            "--val-every",
-            "2",
-            "--show-every",
-            "1",
-            "--workers",
-            "1",
-        ]
-    )
-    _, lines = read_metrics(out)
-    assert [line["update"] for line in lines] == [1, 2, 3] and lines[0]["lr"] == 1e-3 > lines[2][
-        "lr"
-    ]
+    more = "--updates 3 --group 3 --max-new-tokens 6 --lr 1e-3 --val-every 2 --show-every 1"
+    more += f" --workers 1 --beta {beta} --updates-per-rollout {steps_per_rollout}"
+    lines = grpo(manifest, out, f"{more} --val {manifest} --test {manifest}")
+    assert [line["update"] for line in lines] == [1, 2, 3]
+    assert lines[0]["lr"] == 1e-3 > lines[2]["lr"]
     assert all(0 <= line["reward_format"] <= 1 and line["completion_length"] <= 6 for line in lines)
-    assert ["val_war" in line for line in lines] == [
-        False,
-        True,
-        True,
-    ]  # every second update, and the last
+    # Every second update, and the last.
+    assert ["val_war" in line for line in lines] == [False, True, True]
     assert all((line["kl"] is None) == (beta == "0") for line in lines)
     if beta != "0" and steps_per_rollout == "1":
-        assert (
-            lines[0]["kl"] < 1e-6 and abs(lines[0]["loss"]) < 1e-5
-        )  # the policy is the reference; the ratio is 1
+        # The policy is the reference; the ratio is 1.
+        assert lines[0]["kl"] < 1e-6 and abs(lines[0]["loss"]) < 1e-5
     for folder in ("last", "best"):
         HumanOmni.from_pretrained(out / folder)
     assert (out / "curves.png").stat().st_size > 10_000
@@ -226,381 +136,323 @@ def test_grpo_runs_end_to_end(manifest, tmp_path, beta, steps_per_rollout, capsy
     assert "advantage" in printed and "WAR" in printed and "label: " in printed
 
 
-def test_a_sample_is_shown_with_its_parts():
-    example = Example(Path("a/b.mp4"), QUESTION_REASONING, "sad", "video_audio")
-    texts = ["<think>x</think>\n<answer>sad</answer>", "", "<answer>happy</answer>"]
-    rewards = {"accuracy": torch.tensor([1.0, 0.0, 0.0]), "format": torch.tensor([1.0, 0.0, 0.0])}
-    shown = train_grpo.show(
-        example, texts, rewards, torch.tensor([1.15, -0.58, -0.57]), 7
-    ).splitlines()
-    assert shown[1] == "── update 7 · a/b.mp4 · label: sad"
-    assert (
-        shown[2].startswith("   asked   As an emotional")
-        and sum("asked" in line for line in shown) == 1
-    )  # the prompt once
-    best, worst = (
-        i for i, line in enumerate(shown) if "advantage" in line
-    )  # the second is the worst, not the third
-    assert shown[best : best + 3] == [
-        "   accuracy 1  format 1  advantage +1.15",
-        "           <think>x</think>",
-        "           <answer>sad</answer>",
-    ]
-    assert shown[worst] == "   accuracy 0  format 0  advantage -0.58"
+@pytest.mark.parametrize("more", ["", "--kl reward", "--updates-per-rollout 2", "--no-std"])
+def test_sampling_and_scoring_are_compared_at_every_update(manifest, tmp_path, more):
+    lines = grpo(manifest, tmp_path / "grpo", f"--updates 3 --lr 1e-2 {more}")
+    assert len(lines) == 3
+    assert all(line["mismatch"] is not None and line["mismatch"] < 1e-5 for line in lines)
+    assert lines[-1]["kl"] > 0  # the policy has moved, and still scores what it samples
 
 
 def test_kl_in_the_reward_does_not_blur_what_is_logged(manifest, tmp_path):
-    train_grpo.main(
-        [
-            "--model",
-            CHECKPOINT,
-            "--data",
-            manifest,
-            "--out",
-            str(tmp_path / "grpo"),
-            "--updates",
-            "3",
-            "--prompts",
-            "2",
-            "--group",
-            "3",
-            "--max-new-tokens",
-            "6",
-            "--lr",
-            "1e-2",
-            "--kl",
-            "reward",
-            "--beta",
-            "1",
-            "--workers",
-            "0",
-        ]
-    )
-    _, lines = read_metrics(tmp_path / "grpo")
-    assert lines[-1]["kl"] > 0 and all(
-        line["reward"] == line["reward_accuracy"] + line["reward_format"] for line in lines
-    )
+    more = "--updates 3 --group 3 --max-new-tokens 6 --lr 1e-2 --kl reward --beta 1"
+    lines = grpo(manifest, tmp_path / "grpo", more)
+    assert lines[-1]["kl"] > 0
+    assert all(line["reward"] == line["reward_accuracy"] + line["reward_format"] for line in lines)
     assert lines[-1]["grad_norm"] > 0  # all rewards are 0; the KL in them pulls
 
 
 def test_curves_are_drawn_during_the_run(manifest, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(train_grpo, "draw_curves", lambda metrics, path: drawn.append(len(metrics)))
-    train_grpo.main(
-        [
-            "--model",
-            CHECKPOINT,
-            "--data",
-            manifest,
-            "--out",
-            str(tmp_path / "grpo"),
-            "--updates",
-            "4",
-            "--prompts",
-            "2",
-            "--group",
-            "2",
-            "--max-new-tokens",
-            "2",
-            "--val-every",
-            "2",
-            "--workers",
-            "0",
-            "--lr",
-            "0",
-        ]
-    )
+    monkeypatch.setattr(evaluate, "draw_curves", lambda metrics, path: drawn.append(len(metrics)))
+    grpo(manifest, tmp_path / "grpo", "--updates 4 --max-new-tokens 2 --val-every 2")
     assert drawn == [2, 4, 4]
 
 
 def test_grpo_micro_batches_change_nothing(manifest, tmp_path, monkeypatch):
-    """Completions scored two at a time, and G together: the same loss, KL and gradient norm."""
-    monkeypatch.setitem(
-        train_grpo.REWARDS, "variety", lambda completion, label: len(set(completion)) / 10
-    )
+    """Prompts scored one at a time, in twos, or all together: the same loss, KL, gradient norm."""
+    monkeypatch.setitem(train_grpo.REWARDS, "variety", variety)
     runs = []
     for size in ("0", "2", "1"):
-        train_grpo.main(
-            [
-                "--model",
-                CHECKPOINT,
-                "--data",
-                manifest,
-                "--out",
-                str(tmp_path / size),
-                "--updates",
-                "2",
-                "--prompts",
-                "2",
-                "--group",
-                "5",
-                "--max-new-tokens",
-                "6",
-                "--lr",
-                "1e-4",
-                "--workers",
-                "0",
-                "--micro-batch",
-                size,
-            ]
-        )
-        runs.append(
-            [
-                [line[key] for key in ("loss", "kl", "grad_norm", "reward")]
-                for line in read_metrics(tmp_path / size)[1]
-            ]
-        )
+        more = "--updates 2 --prompts 3 --group 5 --max-new-tokens 6 --lr 1e-4"
+        lines = grpo(manifest, tmp_path / size, f"{more} --micro-batch {size}")
+        runs.append([[line[k] for k in ("loss", "kl", "grad_norm", "reward")] for line in lines])
     assert runs[0][0][2] > 0.01  # there is something to learn from
-    for run in runs[1:]:
-        assert run[0] == pytest.approx(runs[0][0], rel=1e-3, abs=1e-6) and run[1] == pytest.approx(
-            runs[0][1], rel=1e-2, abs=1e-5
-        )
+    for other in runs[1:]:
+        assert other[0] == pytest.approx(runs[0][0], rel=1e-3, abs=1e-6)
+        assert other[1] == pytest.approx(runs[0][1], rel=1e-2, abs=1e-5)
+
+
+VARIANTS = ["--kl reward", "--no-std", "--token-mean --clip-high 0.28", "--mask-truncated"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_run(manifest, tmp_path, variant):
+    more = f"--updates 2 --group 3 --max-new-tokens 6 --lr 1e-3 {variant}"
+    lines = grpo(manifest, tmp_path / "grpo", more)
+    assert len(lines) == 2
+    if variant == "--mask-truncated":  # nothing of what this random model says ends by itself
+        assert lines[0]["truncated"] == 1 and lines[0]["grad_norm"] == 0
 
 
 @pytest.mark.parametrize(
     "variant",
     [
-        ["--kl", "reward"],
-        ["--no-std"],
-        ["--token-mean", "--clip-high", "0.28"],
-        ["--mask-truncated"],
+        "--beta 0",
+        "--beta 0 --no-std",
+        "--beta 0 --token-mean --micro-batch 1",
+        "--beta 0 --updates-per-rollout 2",
+        "--mask-truncated",
+        "--mask-truncated --token-mean",
+        "--mask-truncated --kl reward",
+        "--mask-truncated --updates-per-rollout 2 --micro-batch 1",
+        "--mask-truncated --beta 0",
     ],
 )
-def test_variants_run(manifest, tmp_path, variant):
-    train_grpo.main(
-        [
-            "--model",
-            CHECKPOINT,
-            "--data",
-            manifest,
-            "--out",
-            str(tmp_path / "grpo"),
-            "--updates",
-            "2",
-            "--prompts",
-            "2",
-            "--group",
-            "3",
-            "--max-new-tokens",
-            "6",
-            "--lr",
-            "1e-3",
-            "--workers",
-            "0",
-            *variant,
-        ]
+def test_an_update_without_a_signal_takes_no_step(manifest, tmp_path, monkeypatch, variant):
+    """All rewards are equal and there is no KL, or no completion counts: after an update that had
+    something to teach, momentum alone would move the weights."""
+    update, teaches = [0], "--mask-truncated" not in variant
+    steps, step = [], torch.optim.AdamW.step
+    sample, reward = train_grpo.sample_groups, train_grpo.reward_groups
+
+    def sampled(*arguments):
+        rollout = sample(*arguments)
+        update[0] += 1
+        rollout.ended[:] = update[0] == 1
+        return rollout
+
+    def rewarded(functions, rollout):
+        rewards = reward(functions, rollout)
+        if update[0] == 1 or not teaches:
+            rewards["variety"] = torch.arange(4.0).view(2, 2) ** 2
+        return rewards
+
+    def counted(self, *arguments):
+        steps.append(update[0])
+        return step(self, *arguments)
+
+    monkeypatch.setattr(train_grpo, "sample_groups", sampled)
+    monkeypatch.setattr(train_grpo, "reward_groups", rewarded)
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    more = "--updates 3 --lr 1e-2 --save-dtype float32 --keep 9 --save-every 1 --val-every 1"
+    lines = grpo(manifest, tmp_path / "grpo", f"{more} {variant}")
+    assert set(steps) == {1}
+    assert [line["steps_left_out"] for line in lines] == [0, 1, 1]
+    assert lines[0]["grad_norm"] > 0
+    assert [line["grad_norm"] for line in lines[1:]] == [0, 0]
+
+
+def test_the_first_updates_check_waits_for_an_update_that_is_done(tmp_path, monkeypatch):
+    """The first update's only clip is bad, so that it is left out: the check comes with the next."""
+    first = data.data_order(20, 20, seed=0)[0]
+    (tmp_path / "broken.mp4").write_text("not a film")
+    entries = [entry(i) for i in range(20)]
+    entries[first]["video"] = str(tmp_path / "broken.mp4")
+    manifest = write_manifest(tmp_path / "manifest.json", entries)
+    checked, check = [], train_grpo.check_first_update
+    monkeypatch.setattr(
+        train_grpo, "check_first_update", lambda *given: (checked.append(given), check(*given))
     )
-    _, lines = read_metrics(tmp_path / "grpo")
-    assert len(lines) == 2
-    if variant == ["--mask-truncated"]:  # nothing of what this random model says ends by itself
-        assert lines[0]["truncated"] == 1 and lines[0]["grad_norm"] == 0
+    more = "--prompts 1 --updates 3 --on-bad-clip skip"
+    lines = grpo(manifest, tmp_path / "grpo", more)
+    assert [line["update"] for line in lines] == [2, 3]
+    assert len(checked) == 1
+    monkeypatch.setitem(updates.TOLERANCE, torch.float32, -1.0)  # nothing is as near as that
+    with pytest.raises(RuntimeError, match="rollout and scoring differ by"):
+        grpo(manifest, tmp_path / "other", more)
+
+
+def test_the_first_updates_check_waits_for_something_to_score(manifest, tmp_path, monkeypatch):
+    """Without KL and with equal rewards nothing is scored, and the policy stays what it was."""
+    reward, done = train_grpo.reward_groups, []
+
+    def rewarded(functions, rollout):
+        done.append(1)
+        rewards = reward(functions, rollout)
+        return rewards | {"variety": torch.arange(4.0).view(2, 2) * (len(done) > 1)}
+
+    monkeypatch.setattr(train_grpo, "reward_groups", rewarded)
+    monkeypatch.setitem(updates.TOLERANCE, torch.float32, -1.0)
+    with pytest.raises(RuntimeError, match="rollout and scoring differ by"):
+        grpo(manifest, tmp_path / "grpo", "--updates 3 --beta 0")
+    assert len(done) == 2
+
+
+def rollout_of(sampled_logps, **more):
+    mask = torch.ones_like(sampled_logps, dtype=torch.bool)
+    return train_grpo.Rollout(None, None, mask, sampled_logps, [], None, **more)
+
+
+def test_a_model_that_differs_between_rollout_and_scoring_stops_the_run():
+    logps = torch.randn(2, 3, 4) - 3
+    same = rollout_of(logps, old_logps=logps + 1e-5, ref_logps=logps - 1e-5)
+    updates.check_first_update(same, torch.float32)
+    for name, number in (("scoring", "old_logps"), ("reference", "ref_logps")):
+        other = rollout_of(logps, **{number: logps + 0.01})
+        with pytest.raises(RuntimeError, match=f"rollout and {name} differ by 1.00e-02"):
+            updates.check_first_update(other, torch.float32)
+    unknown = rollout_of(logps, old_logps=torch.full_like(logps, torch.nan))
+    updates.check_first_update(unknown, torch.float32)
+
+
+def test_kl_in_the_reward_compares_two_scoring_passes(manifest, tmp_path, monkeypatch):
+    """What sampling rounds differently, as bf16 does, must not become an advantage: divided by the
+    std of a group of equal rewards it would be one of 0.6 to 1."""
+    make, seen = train_grpo.make_sampler, []
+
+    def rounding(*arguments):
+        sampler = make(*arguments)
+        sampler.refresh = lambda: None
+
+        def sample(prompts, seed):
+            ids, logps = sampler(prompts, seed)
+            return ids, logps + 0.01 * torch.randn(logps.shape)
+
+        sample.refresh = sampler.refresh
+        return sample
+
+    def advantages(rollout, config, advantages_of=train_grpo.advantages_of):
+        seen.append(advantages_of(rollout, config))
+        return seen[-1]
+
+    monkeypatch.setattr(train_grpo, "make_sampler", rounding)
+    monkeypatch.setattr(train_grpo, "advantages_of", advantages)
+    monkeypatch.setitem(updates.TOLERANCE, torch.float32, 1.0)
+    lines = grpo(manifest, tmp_path / "grpo", "--updates 1 --kl reward")
+    assert lines[0]["zero_spread"] == 1 and 0.001 < lines[0]["mismatch"] < 0.1
+    assert seen[0].abs().max() < 0.02  # of float32's own rounding, beside the std's epsilon of 1e-4
 
 
 def test_grpo_with_the_same_seed_is_the_same_run_with_and_without_a_feature_cache(
     manifest, tmp_path
 ):
-    runs, cache = [], ["--cache-features", str(tmp_path / "cache")]
-    for name, more in (("a", []), ("b", []), ("miss", cache), ("hit", cache)):
-        train_grpo.main(
-            [
-                "--model",
-                CHECKPOINT,
-                "--data",
-                manifest,
-                "--out",
-                str(tmp_path / name),
-                "--updates",
-                "2",
-                "--prompts",
-                "2",
-                "--group",
-                "2",
-                "--max-new-tokens",
-                "5",
-                "--seed",
-                "7",
-                "--workers",
-                "1",
-                *more,
-            ]
-        )
-        runs.append(
-            [
-                {k: v for k, v in line.items() if "second" not in k}
-                for line in read_metrics(tmp_path / name)[1]
-            ]
-        )
+    runs, cache = [], f"--cache-features {tmp_path / 'cache'}"
+    for name, more in (("a", ""), ("b", ""), ("miss", cache), ("hit", cache)):
+        more = f"--updates 2 --max-new-tokens 5 --seed 7 --workers 1 {more}"
+        runs.append(without_times(grpo(manifest, tmp_path / name, more)))
     assert runs[0] == runs[1]
-    # A cached clip may have been encoded in a batch of another size, which changes the last bits. The first update has
-    # no reward to learn from here, so its gradient is only such bits: what comes after it cannot be compared.
-    for run in runs[2:]:
-        assert run[0] == pytest.approx(runs[0][0], rel=1e-4, abs=1e-5)
+    # A cached clip may have been encoded in a batch of another size, which changes the last bits.
+    # The first update has no reward to learn from here, so its gradient is only such bits: what
+    # comes after it cannot be compared.
+    for other in runs[2:]:
+        assert other[0] == pytest.approx(runs[0][0], rel=1e-4, abs=1e-5)
 
 
-def test_an_earlier_run_is_kept(tmp_path, capsys):
-    out = tmp_path / "run"
-    for content in ("first", "second", "third"):
-        checkpoint.make_room(out).mkdir()
-        (out / "metrics.jsonl").write_text(content)
-    assert [
-        (tmp_path / name / "metrics.jsonl").read_text() for name in ("run.1", "run.2", "run")
-    ] == ["first", "second", "third"]
-    assert "is kept as" in capsys.readouterr().out
-
-
-def test_a_model_that_differs_between_rollout_and_scoring_stops_the_run():
-    logps, mask = torch.randn(2, 3, 4) - 3, torch.ones(2, 3, 4, dtype=torch.bool)
-    train_grpo.assert_same_model(logps, logps + 1e-5, mask, torch.float32, "a and b")
-    with pytest.raises(RuntimeError, match="a and b differ by 1.00e-02"):
-        train_grpo.assert_same_model(logps, logps + 0.01, mask, torch.float32, "a and b")
-
-
-def test_evaluate_a_manifest_and_a_clip(manifest, tmp_path, capsys):
-    out = tmp_path / "results"
-    evaluate.main(
-        [
-            "--model",
-            CHECKPOINT,
-            "--data",
-            manifest,
-            "--out",
-            str(out),
-            "--max-new-tokens",
-            "5",
-            "--batch-size",
-            "4",
-            "--workers",
-            "0",
-        ]
+def test_features_that_are_kept_are_those_that_are_computed(manifest, tmp_path, monkeypatch):
+    """Six clips, twelve prompts: in the second pass no clip is decoded and no tower runs."""
+    monkeypatch.setitem(train_grpo.REWARDS, "variety", variety)
+    decoded, decode, runs = [], data.decode, {}
+    monkeypatch.setattr(
+        data, "decode", lambda *given: (decoded.append(given[0]), decode(*given))[1]
     )
-    printed = capsys.readouterr().out
-    for word in ("n 6", "WAR", "UAR", "recall", "unknown words", "unformatted", *LABELS):
-        assert word in printed
-    result = json.loads((out / "manifest.json").read_text())
-    assert (
-        len(result["completions"]) == 6
-        and {"video", "label", "completion"} <= result["completions"][0].keys()
-    )
-    settings = result["settings"]
-    assert (
-        settings["max_new_tokens"] == 5
-        and settings["fit"] == "pad"
-        and settings["question"] == "reasoning"
-    )
-    assert sorted(file.name for file in out.iterdir()) == [
-        "manifest.json",
-        "manifest_confusion.png",
+    more = f"--updates 4 --prompts 3 --lr 1e-4 --val {manifest} --val-every 2"
+    for name, size in (("kept", 2 << 30), ("one", None), ("computed", 0)):
+        decoded.clear()
+        if size is None:  # room for a single clip
+            size = 4 * 16000
+        monkeypatch.setattr(data, "KEEP_BYTES", size)
+        runs[name] = without_times(grpo(manifest, tmp_path / name, more)), len(decoded)
+    assert runs["kept"][1] == 12 and runs["computed"][1] == 24
+    assert 12 <= runs["one"][1] <= 24
+    for name in ("one", "computed"):
+        for line, expected in zip(runs[name][0], runs["kept"][0]):
+            assert line == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------
+# Prompts of any kind, several at a time
+
+MEDIA = ["<video>\n<audio>\n", "<video>\n", "<audio>\n", "<video>\n<audio>\n", "<audio>\n"]
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """A manifest whose entries ask for both media, or for one of them."""
+    entries = [entry(i, media=media) for i, media in enumerate(MEDIA)]
+    return write_manifest(tmp_path / "mixed.json", entries)
+
+
+def gradients(omni, reference, rollout, config):
+    policy = omni.model
+    policy.zero_grad()
+    rollout.ref_logps = train_grpo.fixed_logps(reference, rollout, config)
+    rollout.old_logps = None
+    metrics = train_grpo.add_gradients(policy, rollout, config)
+    found = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+    return {name: grad.clone() for name, grad in found.items()}, metrics, rollout.old_logps
+
+
+@pytest.mark.parametrize("more", ["", "--token-mean", "--beta 0.5 --mask-truncated"])
+def test_prompts_in_one_pass_have_the_gradients_of_one_by_one(mixed, more):
+    argv = [*GRPO, *"--prompts 5 --group 3 --max-new-tokens 6".split(), *more.split()]
+    configs = [
+        train_grpo.read_config([*argv, "--data", mixed, "--micro-batch", size]) for size in "1024"
     ]
-    evaluate.main(
-        [
-            "--model",
-            CHECKPOINT,
-            "--clip",
-            str(GOLDEN / "media" / "clip.mp4"),
-            "--max-new-tokens",
-            "5",
-        ]
-    )
-    assert (
-        capsys.readouterr().out.strip() == result["completions"][0]["completion"].strip()
-    )  # the same, alone
-
-
-def test_an_interrupted_evaluation_goes_on(manifest, tmp_path, monkeypatch):
-    """Stopped after the first batch, then started again: the same results, and no completion made twice."""
-    command = [
-        "--model",
-        CHECKPOINT,
-        "--data",
-        manifest,
-        "--max-new-tokens",
-        "5",
-        "--batch-size",
-        "2",
-        "--workers",
-        "0",
-        "--out",
+    omni, reference = train_grpo.load_policy(configs[0])
+    trained = train_grpo.set_trainable(omni.model)
+    with torch.no_grad():  # a policy that is not its reference, so that there is a KL
+        generator = torch.Generator().manual_seed(0)
+        for p in trained.values():
+            p.add_(0.01 * p.std() * torch.randn(p.shape, generator=generator))
+    examples = flags.read_examples([mixed], configs[0])
+    clips = data.clips_of(omni.model, examples)
+    (items,) = data.batches(clips, range(5), 5)
+    batch = data.encode(omni, clips, items)
+    assert len(set(batch.prompt_lengths)) == 3
+    sampler = train_grpo.make_sampler(omni, examples, 5, configs[0])
+    rollout = train_grpo.sample_groups(sampler, omni, batch, seed=3)
+    rollout.mask[0, 0, 3:] = False  # completions of unequal length
+    rollout.ended[::2] = True
+    rollout.advantages = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
+    (expected, metrics, logps), *others = [
+        gradients(omni, reference, rollout, config) for config in configs
     ]
-    evaluate.main([*command, str(tmp_path / "whole")])
-    calls, generate = [], evaluate.generate
-
-    def stopping(model, prompts, *rest):
-        calls.append(len(prompts))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return generate(model, prompts, *rest)
-
-    monkeypatch.setattr(evaluate, "generate", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate.main([*command, str(tmp_path / "stopped")])
-    log = tmp_path / "stopped" / "manifest.partial.jsonl"
-    log.write_text(log.read_text() + '{"index": 5, "vid')  # torn in the middle of a line, too
-    with pytest.raises(DataError, match="other settings"):
-        evaluate.main([*command, str(tmp_path / "stopped"), "--fit", "squash"])
-    evaluate.main([*command, str(tmp_path / "stopped")])
-    assert calls == [2, 2, 2, 2]  # done, interrupted, and the two that were left
-    whole, stopped = (
-        json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("whole", "stopped")
-    )
-    assert whole["completions"] == stopped["completions"] and whole["metrics"] == stopped["metrics"]
-    assert not log.exists()
+    norm = torch.stack([grad.norm() for grad in expected.values()]).norm()
+    assert norm > 1e-3 and metrics["kl"] > 1e-6 and len(expected) > 100
+    for found, found_metrics, found_logps in others:
+        assert found.keys() == expected.keys()
+        for name, grad in expected.items():
+            assert (found[name] - grad).abs().max() <= 1e-6 * max(1, norm), name
+        assert found_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-7)
+        torch.testing.assert_close(found_logps, logps, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-def test_several_manifests_each_medium_and_the_table(manifest, tmp_path, capsys):
-    (tmp_path / "other").mkdir()
-    copy = tmp_path / "other" / "manifest.json"
-    copy.write_text((tmp_path / "manifest.json").read_text())
-    out = tmp_path / "results"
-    evaluate.main(
-        [
-            "--model",
-            CHECKPOINT,
-            "--data",
-            manifest,
-            str(copy),
-            "--out",
-            str(out),
-            "--max-new-tokens",
-            "4",
-            "--modality-report",
-            "--limit",
-            "2",
-            "--workers",
-            "0",
-        ]
-    )
-    files = sorted(out.glob("*.json"))
-    assert len(files) == 6 and {"other_manifest.audio.json", "other_manifest.video.json"} <= {
-        file.name for file in files
-    }
-    completions = {
-        file.name: json.loads(file.read_text())["completions"][0]["completion"] for file in files
-    }
-    assert (
-        len({completions[f"other_manifest.{m}.json"] for m in ("video_audio", "video", "audio")})
-        == 3
-    )  # what is given matters
-    capsys.readouterr()
-    evaluate.main(["--table", *map(str, files), "--published"])
-    printed = capsys.readouterr().out
-    assert (
-        "| R1-Omni (published) |" in printed
-        and "65.83 | 56.27" in printed
-        and "other_manifest.audio WAR" in printed
-    )
-    result = json.loads(files[0].read_text())
-    (tmp_path / "mine.json").write_text(json.dumps({**result, "name": "dfew_test"}))
-    evaluate.main(["--table", str(tmp_path / "mine.json"), "--published"])
-    assert (
-        "DFEW WAR | DFEW UAR | MAFW WAR" in capsys.readouterr().out
-    )  # in the column of the published numbers
-    with pytest.raises(DataError, match="not a result"):
-        evaluate.main(["--table", manifest])
+def test_a_manifest_of_different_media_is_evaluated_as_one_by_one(mixed, tmp_path):
+    results = [
+        evaluation(mixed, tmp_path / size, f"--batch-size {size} --max-new-tokens 6")
+        for size in ("1", "2", "5")
+    ]
+    alone = []
+    for i, media in enumerate(MEDIA):
+        path = write_manifest(tmp_path / f"alone_{i}.json", [entry(i, media=media)])
+        (row,) = evaluation(path, tmp_path / "alone", "--max-new-tokens 6")["completions"]
+        alone.append(row["completion"])
+    assert len(set(alone)) > 2  # what is given matters
+    for result in results:
+        assert [row["completion"] for row in result["completions"]] == alone
+
+
+def test_a_manifest_of_different_media_trains_as_one_by_one(mixed, tmp_path, monkeypatch):
+    monkeypatch.setitem(train_grpo.REWARDS, "variety", variety)
+    runs = []
+    for size in ("0", "1"):
+        more = f"--updates 2 --prompts 5 --max-new-tokens 6 --lr 1e-4 --micro-batch {size}"
+        runs.append(without_times(grpo(mixed, tmp_path / f"grpo_{size}", more)))
+    assert runs[0][0]["grad_norm"] > 0.01
+    assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-3, abs=1e-6)
+    losses = []
+    for size in ("0", "1"):
+        more = f"--question manifest --steps 3 --batch-size 5 --lr 1e-3 --micro-batch {size}"
+        losses.append([line["loss"] for line in sft(mixed, tmp_path / f"sft_{size}", more)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_special_tokens_inside_a_completion_are_trained_on_but_no_text(model):
+    from text import Tokenizer
+
+    tokenizer = Tokenizer(CHECKPOINT)
+    end, start = tokenizer.eos_token_id, tokenizer.tokenizer.token_to_id("<|im_start|>")
+    assert start not in tokenizer.eos_token_ids
+    words = tokenizer.encode("<answer>sad</answer>")
+    ids = torch.tensor([*words[:2], start, *words[2:], end, words[0], end])
+    assert data.completion_text(tokenizer, ids) == ("<answer>sad</answer>", True)
+    mask = train_grpo.completion_mask(ids, tokenizer.eos_token_ids)
+    assert mask.tolist() == [True] * (len(words) + 2) + [False] * 2
+    assert data.completion_text(tokenizer, ids[: len(words) + 1])[1] is False
 
 
 def test_one_medium_leaves_the_other_tower_alone(manifest, tmp_path, monkeypatch):
-    from model import AudioTower, VisionTower
-
     ran = []
     for tower in (AudioTower, VisionTower):
         monkeypatch.setattr(
@@ -609,157 +461,260 @@ def test_one_medium_leaves_the_other_tower_alone(manifest, tmp_path, monkeypatch
             lambda self, x, own=tower.forward: (ran.append(type(self).__name__), own(self, x))[1],
         )
     for modality, tower in (("video", "VisionTower"), ("audio", "AudioTower")):
-        for script in (
-            lambda out: train_grpo.main(
-                [
-                    "--model",
-                    CHECKPOINT,
-                    "--data",
-                    manifest,
-                    "--modality",
-                    modality,
-                    "--updates",
-                    "1",
-                    "--prompts",
-                    "2",
-                    "--group",
-                    "2",
-                    "--max-new-tokens",
-                    "3",
-                    "--workers",
-                    "0",
-                    "--out",
-                    out,
-                ]
-            ),
-            lambda out: train_sft.main(
-                [
-                    "--model",
-                    CHECKPOINT,
-                    "--data",
-                    manifest,
-                    "--modality",
-                    modality,
-                    "--steps",
-                    "1",
-                    "--batch-size",
-                    "2",
-                    "--workers",
-                    "0",
-                    "--out",
-                    out,
-                ]
-            ),
-        ):
+        for script in (grpo, sft):
             ran.clear()
-            script(str(tmp_path / modality))
+            script(manifest, tmp_path / modality, f"--modality {modality}" + GIVEN[script])
             assert set(ran) == {tower}
             assert len(ran) == 1  # and once per batch, policy and reference together
 
 
-def test_cached_features_are_those_of_the_towers(manifest, tmp_path, model, monkeypatch):
-    """A hit equals a miss, towers do not run again, and the key changes with file, frames, fit and towers."""
-    from data import batches, read_manifest
-    from model import VisionTower
+GIVEN = {grpo: " --updates 1", sft: " --steps 1"}
 
-    examples, cache = read_manifest(manifest)[:2], tmp_path / "cache"
+
+def test_cached_features_are_those_of_the_towers(manifest, tmp_path, model, monkeypatch):
+    """A hit equals a miss, towers do not run again, and the key changes with file, frames, fit and
+    towers."""
+    examples, cache = data.read_manifest(manifest)[:2], tmp_path / "cache"
     for example in examples:
         example.video = Path(shutil.copy(example.video, tmp_path))
 
-    def encode(model, fit="pad"):
-        with torch.no_grad():
-            clips = next(batches(common.clips_of(model, examples, fit, cache), [0, 1], 2))
-            return common.encode_clips(model, clips)
+    def encoded(fit="pad", folder=cache):
+        (items,) = data.batches(data.clips_of(model, examples, fit, folder), [0, 1], 2)
+        data.run_towers(model, items)
+        return [item[name] for item in items for name in ("video", "audio")]
 
-    plain = next(batches(common.clips_of(model, examples, "pad"), [0, 1], 2))
-    with torch.no_grad():
-        expected = common.encode_clips(model, plain)
-    miss = encode(model)
+    expected = encoded(folder=None)
+    miss = encoded()
     assert len(list(cache.iterdir())) == 2
     runs, forward = [], VisionTower.forward
     monkeypatch.setattr(
         VisionTower, "forward", lambda self, x: (runs.append(1), forward(self, x))[1]
     )
-    hit = encode(model)
+    hit = encoded()
     assert not runs
     for a, b, c in zip(expected, miss, hit):
         assert torch.equal(a, b) and torch.equal(a, c)
-    encode(model, "squash")
+    encoded("squash")
     assert len(runs) == 1 and len(list(cache.iterdir())) == 4
     with torch.no_grad():
         model.audio_tower.conv1.bias[0] += 1
-    encode(model)
+    encoded()
     assert len(runs) == 2 and len(list(cache.iterdir())) == 6
     model.configs["llm"]["num_frames"] = 2
-    encode(model)
+    encoded()
     assert len(runs) == 3 and len(list(cache.iterdir())) == 8
     os.utime(examples[0].video)
-    encode(model)
+    encoded()
     assert len(runs) == 4 and len(list(cache.iterdir())) == 9
 
 
+# --------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def test_evaluate_a_manifest_and_a_clip(manifest, tmp_path, capsys):
+    out = tmp_path / "results"
+    result = evaluation(manifest, out, "--max-new-tokens 5 --batch-size 4")
+    printed = capsys.readouterr().out
+    for word in ("n 6", "WAR", "UAR", "recall", "unknown words", "unformatted", *LABELS):
+        assert word in printed
+    assert len(result["completions"]) == 6
+    assert {"video", "label", "completion"} <= result["completions"][0].keys()
+    settings = result["settings"]
+    assert settings["max_new_tokens"] == 5
+    assert settings["fit"] == "pad"
+    assert settings["question"] == "reasoning"
+    assert sorted(file.name for file in out.iterdir()) == [
+        "manifest.json",
+        "manifest_confusion.png",
+    ]
+    evaluate.main([*EVALUATE, "--clip", CLIPS[0], "--max-new-tokens", "5"])
+    # The same, alone.
+    assert capsys.readouterr().out.strip() == result["completions"][0]["completion"].strip()
+
+
+@pytest.fixture
+def stopped_evaluation(manifest, tmp_path, monkeypatch):
+    """An evaluation that was interrupted in its second batch -> its flags, and the sizes of all
+    batches from then on."""
+    calls, generate = [], evaluate.generate
+
+    def stopping(model, prompts, *rest):
+        calls.append(len(prompts))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(model, prompts, *rest)
+
+    command = [*EVALUATE, "--data", manifest, *"--max-new-tokens 5 --batch-size 2".split()]
+    command += ["--out", str(tmp_path / "stopped")]
+    monkeypatch.setattr(evaluate, "generate", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(command)
+    return command, calls
+
+
+def test_an_interrupted_evaluation_goes_on(stopped_evaluation, manifest, tmp_path):
+    """Stopped after the first batch, then started again: the same results, and no completion made
+    twice."""
+    command, calls = stopped_evaluation
+    log = tmp_path / "stopped" / "manifest.partial.jsonl"
+    log.write_text(log.read_text() + '{"index": 5, "vid')  # torn in the middle of a line, too
+    with pytest.raises(DataError, match="other settings"):
+        evaluate.main([*command, "--fit", "squash"])
+    evaluate.main(command)
+    assert calls == [2, 2, 2, 2]  # done, interrupted, and the two that were left
+    whole = evaluation(manifest, tmp_path / "whole", "--max-new-tokens 5 --batch-size 2")
+    stopped = json.loads((tmp_path / "stopped" / "manifest.json").read_text())
+    assert whole["completions"] == stopped["completions"]
+    assert whole["metrics"] == stopped["metrics"]
+    assert not log.exists()
+
+
+def test_an_interrupted_evaluation_does_not_go_on_with_another_manifest(
+    stopped_evaluation, manifest, tmp_path
+):
+    """The same entries in another order: rows are known by their number, so some clips would count
+    twice and others never."""
+    command, calls = stopped_evaluation
+    log = tmp_path / "stopped" / "manifest.partial.jsonl"
+    before = log.read_bytes()
+    entries = json.loads(Path(manifest).read_text())
+    write_manifest(manifest, entries[::-1])
+    with pytest.raises(DataError, match="manifest.partial.jsonl.*another manifest.*delete it"):
+        evaluate.main(command)
+    assert log.read_bytes() == before and not (tmp_path / "stopped" / "manifest.json").exists()
+    write_manifest(manifest, entries)
+    evaluate.main(command)
+    result = json.loads((tmp_path / "stopped" / "manifest.json").read_text())
+    assert [row["index"] for row in result["completions"]] == list(range(6))
+    assert [row["video"] for row in result["completions"]] == CLIPS * 3
+
+
+def test_several_manifests_each_medium_and_the_table(manifest, tmp_path, capsys):
+    copy = write_manifest(tmp_path / "other" / "manifest.json")
+    out = tmp_path / "results"
+    more = [*"--modality-report --limit 2 --out".split(), str(out)]
+    evaluate.main([*EVALUATE, "--data", manifest, copy, *more])
+    files = sorted(out.glob("*.json"))
+    assert len(files) == 6
+    names = {file.name for file in files}
+    assert {"other_manifest.audio.json", "other_manifest.video.json"} <= names
+    results = {file.name: json.loads(file.read_text()) for file in files}
+    said = [
+        results[f"other_manifest.{medium}.json"]["completions"][0]["completion"]
+        for medium in ("video_audio", "video", "audio")
+    ]
+    assert len(set(said)) == 3  # what is given matters
+    capsys.readouterr()
+    evaluate.main(["--table", *map(str, files), "--published"])
+    printed = capsys.readouterr().out
+    assert "| R1-Omni (published) |" in printed
+    assert "65.83 | 56.27" in printed
+    assert "other_manifest.audio WAR" in printed
+    result = results[files[0].name]
+    (tmp_path / "mine.json").write_text(json.dumps({**result, "name": "dfew_test"}))
+    evaluate.main(["--table", str(tmp_path / "mine.json"), "--published"])
+    # In the column of the published numbers.
+    assert "DFEW WAR | DFEW UAR | MAFW WAR" in capsys.readouterr().out
+    with pytest.raises(DataError, match="not a result"):
+        evaluate.main(["--table", manifest])
+
+
+def test_folds_of_one_name_leave_a_result_each(tmp_path):
+    manifests = []
+    for fold, count in (("f1", 1), ("f2", 2)):
+        entries = [entry(i) for i in range(count)]
+        manifests.append(write_manifest(tmp_path / fold / "dfew" / "test.json", entries))
+    evaluate.main([*EVALUATE, "--data", *manifests, "--out", str(tmp_path / "out")])
+    results = {}
+    for file in (tmp_path / "out").glob("*.json"):
+        results[file.name] = json.loads(file.read_text())["metrics"]["n"]
+    assert results == {"f1_dfew_test.json": 1, "f2_dfew_test.json": 2}
+    assert len(list((tmp_path / "out").glob("*_confusion.png"))) == 2
+
+
+@pytest.mark.parametrize(
+    "paths, names",
+    [
+        (["dfew/test.json"], ["test"]),
+        (["dfew.json", "mafw.json"], ["dfew", "mafw"]),
+        (["dfew/test.json", "mafw/test.json"], ["dfew_test", "mafw_test"]),
+        (["a/x/t.json", "b/x/t.json", "b/y/t.json"], ["a_x_t", "b_x_t", "b_y_t"]),
+        (["test.json", "test.jsonl"], None),
+        (["a/b_c.json", "a_b/c.json", "x/c.json"], None),
+        (["a_b/c.json", "a/b_c.json", "x/a_b/c.json", "x/a/b_c.json"], None),
+    ],
+)
+def test_results_have_names_of_their_own(paths, names):
+    found = evaluate.unique_names([f"/{path}" for path in paths])
+    assert len(set(found)) == len(paths)
+    assert found == (names or found)
+    assert not any("/" in name for name in found)
+
+
+def test_a_manifest_given_twice_is_refused(manifest, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for again in (manifest, "manifest.json", f"{tmp_path}/x/../manifest.json"):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        with pytest.raises(DataError, match="a manifest is given twice"):
+            evaluate.main([*EVALUATE, "--data", manifest, again, "--out", "out"])
+        with pytest.raises(DataError, match="a manifest is given twice"):
+            grpo(manifest, "out", f"--test {manifest} {again}")
+    assert not Path("out").exists()
+
+
+def test_the_result_of_another_manifest_is_not_replaced(tmp_path):
+    """One evaluation after the other into one folder, of manifests of one name."""
+    first = write_manifest(tmp_path / "dfew" / "test.json")
+    second = write_manifest(tmp_path / "mafw" / "test.json", [entry(0)])
+    evaluation(first, tmp_path / "out")
+    before = (tmp_path / "out" / "test.json").read_bytes()
+    with pytest.raises(DataError, match="test.json: holds the result of .*choose another --out"):
+        evaluation(second, tmp_path / "out")
+    assert (tmp_path / "out" / "test.json").read_bytes() == before
+    assert evaluation(first, tmp_path / "out")["metrics"]["n"] == 6  # of the same one it is
+
+
+def test_test_sets_of_one_name_have_a_row_each(manifest, tmp_path, capsys):
+    tests = []
+    for name, count in (("dfew", 1), ("mafw", 2)):
+        entries = [entry(i) for i in range(count)]
+        tests.append(write_manifest(tmp_path / name / "test.json", entries))
+    grpo(manifest, tmp_path / "grpo", f"--updates 1 --test {' '.join(tests)}")
+    results = json.loads((tmp_path / "grpo" / "results.json").read_text())
+    for when in ("before", "after"):
+        counts = {name: result["n"] for name, result in results[when].items()}
+        assert counts == {"dfew_test": 1, "mafw_test": 2}
+    printed = capsys.readouterr().out
+    assert printed.count("dfew_test ") == printed.count("mafw_test ") == 2
+
+
 def test_bad_clips_stop_the_run_or_are_left_out_and_listed(tmp_path):
-    good = json.loads(
-        json.dumps(
-            [
-                {
-                    "video": str(GOLDEN / "media" / "clip16k.mp4"),
-                    "conversations": [
-                        {"from": "human", "value": "<video>\n<audio>\n?"},
-                        {"from": "gpt", "value": "happy"},
-                    ],
-                }
-            ]
-        )
-    )[0]
+    good = entry(1)
     (tmp_path / "broken.mp4").write_text("not a film")
     bad = {**good, "video": str(tmp_path / "broken.mp4")}
-    path = tmp_path / "m.json"
-    path.write_text(json.dumps([good] * 3 + [bad] + [good] * 16))
-    command = [
-        "--model",
-        CHECKPOINT,
-        "--data",
-        str(path),
-        "--max-new-tokens",
-        "2",
-        "--batch-size",
-        "4",
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    path = write_manifest(tmp_path / "m.json", [good] * 3 + [bad] + [good] * 16)
+    more, out = "--max-new-tokens 2 --batch-size 4", tmp_path / "out"
     with pytest.raises(DataError, match="broken.mp4"):
-        evaluate.main(command)
-    evaluate.main(
-        [*command, "--on-bad-clip", "skip"]
-    )  # goes on from there; 1 of 20 is not more than 5 %
-    result = json.loads((tmp_path / "out" / "m.json").read_text())
-    assert result["metrics"]["n"] == 19 and 3 not in {row["index"] for row in result["completions"]}
-    assert "broken.mp4" in (tmp_path / "out" / "m.skipped.txt").read_text()
-    path.write_text(json.dumps([good] * 3 + [bad] + [good] * 10))
+        evaluation(path, out, more)
+    # Goes on from there; 1 of 20 is not more than 5 %.
+    result = evaluation(path, out, f"{more} --on-bad-clip skip")
+    assert result["metrics"]["n"] == 19
+    assert 3 not in {row["index"] for row in result["completions"]}
+    assert "broken.mp4" in (out / "m.skipped.txt").read_text()
+    write_manifest(path, [good] * 3 + [bad] + [good] * 10)
     with pytest.raises(DataError, match="1 of 14 clips cannot be used"):
-        evaluate.main([*command, "--on-bad-clip", "skip"])
+        evaluation(path, out, f"{more} --on-bad-clip skip")
 
 
 def test_presets_are_the_papers_and_flags_win():
-    config = common.parse_flags(
-        train_grpo.Config, "", ["--preset", "paper", "--group", "4"], train_grpo.PRESETS
-    )
+    argv = ["--preset", "paper", "--group", "4"]
+    config = flags.parse_flags(train_grpo.Config, "", argv, {"paper": train_grpo.PAPER})
     assert config.updates == 0  # by epochs
-    assert (
-        config.lr,
-        config.beta,
-        config.epochs,
-        config.prompts,
-        config.group,
-        config.max_new_tokens,
-    ) == (1e-6, 0.04, 2, 16, 4, 512)
-    config = common.parse_flags(
-        train_sft.Config,
-        "",
-        ["--preset", "paper", "--epochs", "1", "--batch-size", "128"],
-        train_sft.PRESETS,
-    )
+    assert (config.lr, config.beta, config.epochs) == (1e-6, 0.04, 2)
+    assert (config.prompts, config.group, config.max_new_tokens) == (16, 4, 512)
+    argv = "--preset paper --epochs 1 --batch-size 128".split()
+    config = flags.parse_flags(train_sft.Config, "", argv, {"paper": train_sft.PAPER})
     assert (config.lr, config.epochs, config.batch_size) == (2e-5, 1, 128)
 
 
@@ -772,11 +727,8 @@ def test_aliases_count_only_on_request():
     rows = [{**row, "index": i} for i, row in enumerate(rows)]
     exact, loose = evaluate.score(rows), evaluate.score(rows, aliases=True)
     assert exact["war"] == 0 and exact["unknown"] == 2
-    assert (
-        loose["war"] == 2 / 3
-        and loose["unknown"] == 0
-        and set(loose["recall"]) == {"angry", "happy", "sad"}
-    )
+    assert loose["war"] == 2 / 3 and loose["unknown"] == 0
+    assert set(loose["recall"]) == {"angry", "happy", "sad"}
 
 
 def test_score_by_hand():
@@ -799,25 +751,31 @@ def test_score_by_hand():
     assert result["confusion"]["happy"] == {"happy": 2, "joyful": 1, "sad": 1}
 
 
-def test_statements_are_checked_against_what_face_and_voice_did():
-    rows = [
-        {
-            "label": "happy",
-            "tokens": 1,
-            "truncated": False,
-            "face": "smile",
-            "voice": "high_fast",
-            "completion": f"<think>In the video, {face}. In the audio, {voice}.</think><answer>happy</answer>",
-        }
-        for face, voice in [
-            ("the mouth smiles", "the voice is high and fast"),
-            ("the mouth turns down", "the voice is high and fast"),
-        ]
+SAID = [
+    "<think>In the video, {}. In the audio, {}.</think><answer>happy</answer>".format(*cues)
+    for cues in [
+        ("the mouth smiles", "the voice is high and fast"),
+        ("the mouth turns down", "the voice is high and fast"),
     ]
-    result = evaluate.score([{**row, "index": 0} for row in rows])
-    assert (result["n"], result["completions"]) == (1, 2)  # two samples of one clip
+]
+
+
+def test_statements_are_checked_against_what_face_and_voice_did(tmp_path, monkeypatch):
+    """--check of the toy's own function, from the manifest's other keys to the result."""
+    known = {**entry(0), "face": "smile", "voice": "high_fast"}
+    manifest = write_manifest(tmp_path / "m.json", [known, entry(1)])
+    said = iter([(SAID[0], True), (SAID[1], True), ("happy", True), ("happy", True)])
+    monkeypatch.setattr(evaluate, "completion_text", lambda *_: next(said))
+    more = "--check toy.world:check_statements --samples 2 --temperature 1"
+    result = evaluation(manifest, tmp_path / "out", more)["metrics"]
+    assert (result["n"], result["completions"]) == (2, 4)  # two samples of each clip
+    # Of the second clip nothing is known.
     assert result["face_true"] == 0.5 and result["voice_true"] == 1.0
     assert result["follows"] == 0.5  # a frown and a high, fast voice are no emotion's
+
+
+# --------------------------------------------------------------------------------------------------
+# What is refused, and how
 
 
 @pytest.mark.parametrize(
@@ -841,30 +799,27 @@ def test_grpo_refuses_what_it_cannot_do(arguments, message, tmp_path):
 
 @pytest.mark.parametrize("script", ["train_sft.py", "train_grpo.py", "evaluate.py"])
 def test_a_users_error_is_one_line_and_exit_code_2(script, tmp_path):
+    command = [sys.executable, str(ROOT / script)]
     arguments = ["--model", str(tmp_path), "--data", "nowhere.json"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), *arguments],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert (
-        done.returncode == 2
-        and "config.json: not found" in done.stderr
-        and "Traceback" not in done.stderr
-    )
-    shown = subprocess.run(
-        [sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True
-    )
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "config.json: not found" in done.stderr and "Traceback" not in done.stderr
+    shown = subprocess.run([*command, "--help"], capture_output=True, text=True)
     assert shown.returncode == 0 and "--model" in shown.stdout and "default" in shown.stdout
 
 
 def test_library_files_import_only_what_they_may():
-    """Each of these can be copied into another project alone."""
-    allowed = {"rewards.py": set(), "grpo.py": {"torch"}, "model.py": {"torch", "safetensors"}}
+    """Each of these can be copied into another project, alone or with the files named here."""
+    allowed = {
+        "rewards.py": set(),
+        "grpo.py": {"torch"},
+        "generate.py": {"torch", "grpo"},
+        "checkpoint.py": {"torch", "safetensors"},
+        "model.py": {"torch", "checkpoint"},
+    }
     for file, packages in allowed.items():
         imported = set()
-        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+        for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
