@@ -294,16 +294,11 @@ def unique_names(manifests):
     paths = [Path(path).resolve() for path in manifests]
     if len(set(paths)) < len(paths):
         raise DataError(f"a manifest is given twice: {' '.join(map(str, manifests))}")
-    depth, names = 0, []
-    while len(set(names)) < len(paths):
-        depth += 1
-        whole = depth > max(len(path.parts) for path in paths)  # test.json beside test.jsonl
-        folders = [path.parts[1:-1][-depth + 1 :] if depth > 1 else () for path in paths]
-        names = [
-            "_".join([*folder, path.name if whole else path.stem])
-            for folder, path in zip(folders, paths)
-        ]
-    return names
+    for depth in range(1, max((len(path.parts) for path in paths), default=0)):
+        names = ["_".join(path.with_suffix("").parts[1:][-depth:]) for path in paths]
+        if len({name.casefold() for name in names}) == len(paths):
+            return names
+    return [f"{number}_{path.stem}" for number, path in enumerate(paths, start=1)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -346,24 +341,23 @@ class RunEvaluation:
     def due(self, update):
         return update % self.config.val_every == 0 or update == self.config.updates
 
-    def validate(self, update, run):
-        """Evaluate on --val, and keep the model if it is the best so far -> metrics.
+    def validate(self, line, run):
+        """Evaluate on --val: into an update's line of metrics, and the curves. Keep the best model.
 
         The model that training started from is not among those that can be the best."""
-        on_first_rank(lambda: draw_curves(run.metrics, run.folder / "curves.png"))
-        if not self.val:
-            return {}
-        log = run.skip_log("skipped_validation.txt")
-        rows = evaluate(self.omni, self.val, self.settings, "validation", skip_log=log)
-        result = score(rows)
-        tqdm.write(
-            f"\nupdate {update} · validation WAR {100 * result['war']:.1f}  "
-            f"format {percent(result['format'])}"
-        )
-        if result["war"] >= run.facts["best_war"]:  # of equals the later: it has seen more
-            run.facts["best_war"] = result["war"]
-            self._save(run.folder / "best")
-        return {f"val_{name}": result[name] for name in ("war", "uar", "format")}
+        if self.val:
+            log = run.skip_log("skipped_validation.txt")
+            rows = evaluate(self.omni, self.val, self.settings, "validation", skip_log=log)
+            result = score(rows)
+            line |= {f"val_{name}": result[name] for name in ("war", "uar", "format")}
+            tqdm.write(
+                f"\nupdate {line['update']} · validation WAR {100 * result['war']:.1f}  "
+                f"format {percent(result['format'])}"
+            )
+            if result["war"] >= run.facts["best_war"]:  # of equals the later: it has seen more
+                run.facts["best_war"] = result["war"]
+                self._save(run.folder / "best")
+        on_first_rank(lambda: draw_curves([*run.metrics, line], run.folder / "curves.png"))
 
     def _save(self, folder):
         dtype = getattr(torch, self.config.save_dtype)
@@ -505,6 +499,31 @@ def answer_clip(omni, config):
         print(row["completion"])
 
 
+def tasks_of(config):
+    """What --data and --modality-report ask for: name of the result -> manifest, flags."""
+    tasks = {}
+    for manifest, name in zip(config.data, unique_names(config.data)):
+        if not config.modality_report:
+            tasks[name] = (manifest, config)
+            continue
+        for medium in ("video_audio", "video", "audio"):
+            tasks[f"{name}.{medium}"] = (manifest, replace(config, modality=medium))
+    return tasks
+
+
+def check_result(file, manifest):
+    """Raise DataError if the file is there, and is no earlier result of this manifest."""
+    if not file.exists():
+        return
+    try:
+        earlier = json.loads(file.read_text(encoding="utf-8"))["settings"]["manifest"]
+        same = Path(earlier).resolve() == Path(manifest).resolve()
+    except (OSError, ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise DataError(f"{file}: is not a result of {manifest}; choose another --out")
+
+
 def main(argv=None):
     config = parse_flags(Config, __doc__, argv)
     if config.table:
@@ -514,23 +533,20 @@ def main(argv=None):
         raise DataError("needs --model DIR and one of --data MANIFEST and --clip FILE")
     if config.samples > 1 and not config.temperature:
         raise DataError("--samples needs a --temperature: greedy completions are all the same")
-    names = unique_names(config.data)
+    tasks = tasks_of(config)
+    for name, (manifest, _) in tasks.items():
+        check_result(Path(config.out) / f"{name}.json", manifest)
     omni = load(config)
     if config.clip:
         answer_clip(omni, config)
         return
     lines = [f"{'':32}{'WAR':>8}{'UAR':>8}{'n':>8}{'unknown':>9}{'unformatted':>13}"]
-    for manifest, name in zip(config.data, names):
-        asked = {name: config}
-        if config.modality_report:
-            media = ("video_audio", "video", "audio")
-            asked = {f"{name}.{medium}": replace(config, modality=medium) for medium in media}
-        for part, one in asked.items():
-            metrics = evaluate_manifest(omni, one, manifest, part)
-            lines.append(
-                f"{part:32}{100 * metrics['war']:8.2f}{100 * metrics['uar']:8.2f}"
-                f"{metrics['n']:8}{metrics['unknown']:9}{metrics['unformatted']:13}"
-            )
+    for name, (manifest, asked) in tasks.items():
+        metrics = evaluate_manifest(omni, asked, manifest, name)
+        lines.append(
+            f"{name:32}{100 * metrics['war']:8.2f}{100 * metrics['uar']:8.2f}"
+            f"{metrics['n']:8}{metrics['unknown']:9}{metrics['unformatted']:13}"
+        )
     print("\n" + "\n".join(lines) + f"\n\nresults: {config.out}")
 
 

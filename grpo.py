@@ -140,8 +140,8 @@ def completion_logps(model, prompt_embeds, completion_ids, mask=None, chunk=512)
             after = model(inputs, past=kv, prompt_of=prompt_of[bucket])
             hidden = torch.cat([hidden, after], dim=1)  # (r, longest, D)
         # Only wanted positions reach the head, which is the largest layer of all.
-        pieces.append(chunked_logps(model, hidden[wanted], bucket_ids[wanted], chunk))
         i, position = wanted.nonzero(as_tuple=True)
+        pieces.append(chunked_logps(model, hidden[i, position], bucket_ids[i, position], chunk))
         places.append(bucket[i] * C + position)
     # Back to (R, C), 0 elsewhere; index_put passes the gradient on.
     logps = torch.zeros(R * C, device=ids.device)

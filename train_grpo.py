@@ -290,7 +290,7 @@ def main(argv=None):
             metrics, logps = add_gradients(policy, rollout, config)
             if rollout.old_logps is None:
                 rollout.old_logps = logps  # later steps of this rollout compare with its first
-            if not run.metrics and not step_metrics:
+            if not optimizer.adamw.state:  # the policy has not moved yet
                 check_first_update(rollout, compute_dtype(policy.device))
             lr = config.lr * (1 - (update - 1) / config.updates)
             metrics |= optimizer.step(lr, evidence(update, rollout, metrics["loss"]))
@@ -298,7 +298,7 @@ def main(argv=None):
 
         line = log_line(update, rollout, step_metrics)
         if evaluation.due(update):
-            line |= evaluation.validate(update, run)
+            evaluation.validate(line, run)
         if config.show_every and (update % config.show_every == 0 or update == 1):
             show_group(update, rollout)
         run.log(line, SHOWN)

@@ -99,7 +99,7 @@ def main(argv=None):
     config = parse_flags(Config, __doc__, argv, {"paper": PAPER})
     if not config.model or not config.data:
         raise DataError("needs --model DIR and --data MANIFEST")
-    on_first_rank(lambda: check_room(config.out, input_paths(config)))
+    on_first_rank(lambda: check_room(config.out, input_paths(config), replaced=True))
     omni = load(config)
     examples = read_examples(config.data, config)
     wanted = config.steps * config.batch_size or round(config.epochs * len(examples))
@@ -108,7 +108,7 @@ def main(argv=None):
         raise DataError("nothing to train: --epochs is too small, and no --steps are given")
     order = data.data_order(len(examples), wanted, config.seed)
     order, own_size = share_of_rank(order, config.batch_size, "--batch-size")
-    run = Run(f"{config.out}.run", config, input_files(config))
+    run = Run(f"{Path(config.out)}.run", config, input_files(config))
     optimizer = Optimizer(set_trainable(omni.model, config.train_towers), config, run.folder)
     run.track(optimizer.parameters, optimizer.adamw)
     optimizer.park_moments()

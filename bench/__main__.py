@@ -37,8 +37,8 @@ import torch
 from bench import full_size, measures, memory, switches, trl_arm
 from bench.measures import PRESETS
 from bench.rows import NotHere, Unequal
-from bench.setup import Bench
 from bench.sizes import ROOT
+from bench.workbench import Bench
 
 CLIP = ROOT / "tests" / "golden" / "media" / "clip.mp4"
 SIZES = {

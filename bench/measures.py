@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.arms import OtherUpdate, Update, forced_lengths
 from bench.memory import FAKE, PeakBytes
 from bench.rows import NotHere, Unequal, need, row
-from bench.setup import Bench
 from bench.sizes import FULL_SIZE
+from bench.workbench import Bench
 from data import embed, frame_indices, load_clip
 from generate import Decoding
 from grpo import chunked_logps, completion_logps, token_logps

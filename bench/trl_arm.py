@@ -19,11 +19,11 @@ from bench.arms import Update
 from bench.measures import phases
 from bench.other import qwen2
 from bench.rows import NotHere, Unequal, need, row
-from bench.setup import Bench
+from bench.workbench import Bench
 from support.optimizer import set_trainable
 from train_grpo import Rollout, add_gradients, logps_without_gradient
 
-INSTALL = "trl==1.16.* transformers==5.24.*"
+INSTALL = "trl==1.16.0 transformers==5.24.0"
 P = 143  # the toy's prompt, its video and sound included
 SIZES = {"prompt_tokens": P, "prompts": 16, "group": 8, "completion": 32, "micro_batch": 4}
 ROWS = 16  # that TRL scores at a time, which is its fastest

@@ -35,7 +35,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, save_tensors, sync
+from checkpoint import COMPANIONS, CheckpointError, save_tensors, sync
 from support.clock import lap, timed
 from support.errors import DataError, naming
 from support.flags import Common, flag
@@ -82,15 +82,13 @@ FREE = set(
     "offload_optimizer".split()
 )
 
-# What the training scripts write into an output folder, beside a checkpoint's own files.
+# What the training scripts write into an output folder: a run's own, and a checkpoint's files.
 WRITTEN = (
-    "metrics.jsonl curves.png partial_* results.json best best.* last last.* state state.done "
-    "skipped*.txt nonfinite_*.json groups.json checkpoint* made_from.json text_metrics.jsonl "
-    "config.json generation_config.json model.safetensors siglip whisper bert tokenizer.json "
-    "tokenizer_config.json vocab.json merges.txt vocab.txt added_tokens.json "
-    "special_tokens_map.json chat_template.jinja chat_template.json additional_chat_templates "
-    "preprocessor_config.json"
+    "metrics.jsonl curves.png results.json best last state state.done checkpoint skipped*.txt "
+    "nonfinite_*.json groups.json made_from.json text_metrics.jsonl *.partial .*.saving "
+    "config.json model.safetensors siglip whisper bert"
 ).split()
+WRITTEN += [Path(name).parts[0] for name in COMPANIONS]
 
 
 def make_room(out, inputs=()):
@@ -113,8 +111,8 @@ def _check_ours(out, inputs):
     """Raise DataError unless the folder holds an earlier run, nothing else, and can be renamed."""
     try:
         with open(out / "metrics.jsonl", encoding="utf-8") as file:
-            ours = "config" in json.loads(file.readline())
-    except (OSError, ValueError):
+            ours = "config" in dict(json.loads(file.readline()))
+    except (OSError, ValueError, TypeError):
         ours = False
     foreign = [
         entry.name
@@ -124,26 +122,33 @@ def _check_ours(out, inputs):
     if foreign or not ours:
         reason = f"holds {foreign[0]}" if foreign else "holds no run of this program"
         raise DataError(f"{out}: {reason}, so it is left as it is; choose another --out")
-    place, here = out.resolve(), Path.cwd().resolve()
-    if out.is_symlink() or out.is_mount() or here.is_relative_to(place):
-        raise DataError(
-            f"{out}: holds an earlier run, and is a link, a mount or where you are, so it is not "
-            "renamed; choose another --out"
-        )
+    _check_movable(out)
     for path in inputs:
-        if Path(path).resolve().is_relative_to(place):
+        if Path(path).resolve().is_relative_to(out.resolve()):
             raise DataError(
                 f"{out}: holds an earlier run with {path}, which this reads; choose another --out"
             )
 
 
-def check_room(out, inputs=()):
-    """Raise the DataError that make_room would raise, before hours of work."""
+def _check_movable(out):
+    if out.is_symlink() or out.is_mount() or Path.cwd().resolve().is_relative_to(out.resolve()):
+        raise DataError(
+            f"{out}: is a link, a mount or where you are, so it can be neither renamed nor "
+            "replaced; choose another --out"
+        )
+
+
+def check_room(out, inputs=(), replaced=False):
+    """Raise the DataError that make_room would raise, before hours of work.
+
+    replaced: a folder will be put in its place, and not files into it."""
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise DataError(f"{out}: is a file; choose another --out")
     if out.is_dir() and any(out.iterdir()):
         _check_ours(out, inputs)
+    if replaced and out.exists():
+        _check_movable(out)
 
 
 def input_paths(config):
@@ -204,6 +209,10 @@ class Run:
     def _open(self):
         """The folder as it is found, or a new one -> newest state or None, step, facts, metrics."""
         try:
+            if any(self.states.glob("*")) and not (self.states / "lock").exists():
+                raise DataError(
+                    f"{self.states}: is of no run of this program; choose another --out"
+                )
             if self.states.exists():
                 self._lock()
             newest = max(self.states.glob("*.safetensors"), default=None)

@@ -116,7 +116,7 @@ class Bench:
         return data.Batch(
             examples=[data.Example(None, "", "", "video_audio")] * B,
             prompt_ids=prompt_ids,
-            lengths=[self.flags.prompt_tokens] * B,
+            prompt_lengths=[self.flags.prompt_tokens] * B,
             question_ids=question,
             question_mask=torch.ones_like(question),
             video=video,
