@@ -47,7 +47,7 @@ from media import (
 from rewards import extract_answer
 from support.ahead import load_ahead
 from support.clock import timed
-from support.errors import ClipError, DataError, is_file, read_json, require
+from support.errors import ClipError, DataError, is_file, naming, read_json, require
 from support.ranks import WORLD
 from text import MODALITIES, QUESTION_LABEL, QUESTION_REASONING, BertTokenizer, Tokenizer
 
@@ -300,7 +300,8 @@ class SkipLog:
             raise item
         self.skipped.add(str(item))
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("\n".join(sorted(self.skipped)) + "\n", encoding="utf-8")
+        with naming(self.path):
+            self.path.write_text("\n".join(sorted(self.skipped)) + "\n", encoding="utf-8")
         if len(self.skipped) > self.most:
             raise DataError(
                 f"{len(self.skipped)} of {len(self.clips)} clips cannot be used, more than 5 %; "
@@ -366,7 +367,10 @@ def encode(omni, clips, items, prompt_ids=None):
 
     prompt_ids: B lists of ids, if not those of the examples' questions. Prompts may differ in what
     media they have. In the items the features replace the media; new ones go into the cache too."""
-    run_towers(omni.model, items)
+    # One by one where they are kept: their last bits must not depend on the company a clip was in
+    # when it came first, which a resumed run could not repeat.
+    for group in [[item] for item in items] if clips.keep else [items]:
+        run_towers(omni.model, group)
     examples = [clips.examples[item["index"]] for item in items]
     if prompt_ids is None:
         prompt_ids = [omni.tokenizer.prompt_ids(e.question, e.modality) for e in examples]

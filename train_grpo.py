@@ -47,9 +47,10 @@ from support.updates import SHOWN, check_first_update, evidence, log_line, show_
 # The total reward is the sum of these (paper, eq. 5), and of those that --reward adds.
 REWARDS = {"accuracy": accuracy_reward, "format": lambda text, label: format_reward(text)}
 
-TOY_UPDATES = 100
-# Where the paper differs from the toy. Its 16 prompts x 8 completions, beta and clips are defaults.
-PAPER = {"epochs": 2.0, "max_new_tokens": 512, "lr": 1e-6, "micro_batch": 1, "save_every": 100}
+TOY_UPDATES = 60
+# Where the paper differs from the toy. Its 16 prompts x 8 completions and its clips are defaults.
+PAPER = {"epochs": 2.0, "max_new_tokens": 512, "lr": 1e-6, "beta": 0.04, "updates_per_rollout": 1}
+PAPER |= {"micro_batch": 1, "save_every": 100}
 
 
 @dataclass
@@ -66,17 +67,17 @@ class Config(TrainingFlags):  # and those: model, data, seed, workers, saving, .
     group: int = flag(8, "G, completions per prompt, compared with each other", least=2)
     max_new_tokens: int = flag(64, "longest completion", least=1)
     reward: tuple = flag((), "further rewards, module:function(completion, label) -> float each")
-    lr: float = flag(2.5e-4, "learning rate at the start; falls linearly towards 0", above=0)
-    beta: float = flag(0.04, "weight of the KL to the frozen starting point; 0: none", least=0)
+    updates_per_rollout: int = flag(2, "optimizer steps per rollout", least=1)
+    lr: float = flag(2e-4, "learning rate at the start; falls linearly towards 0", above=0)
+    beta: float = flag(0.2, "weight of the KL to the frozen starting point; 0: none", least=0)
     clip_eps: float = flag(0.2, "PPO clip of the ratio, felt from a rollout's second step", least=0)
     clip_norm: float = flag(1.0, "largest gradient norm", above=0)
-    # variants; the defaults are the paper's
+    # variants
     kl: str = flag("loss", "where the KL counts; k3 or k1", choices=("loss", "reward"))
     std: bool = flag(True, "divide advantages by the group's std; --no-std is Dr. GRPO's")
     token_mean: bool = flag(False, "average the loss over all tokens, not completions (DAPO)")
     clip_high: float = flag(0.0, "the clip above 1, if not --clip-eps (DAPO: 0.28)", least=0)
     mask_truncated: bool = flag(False, "completions that are cut off get no gradient (DAPO)")
-    updates_per_rollout: int = flag(1, "optimizer steps per rollout", least=1)
     # memory and time
     micro_batch: int = flag(4, "prompts scored at a time, G completions each; 0: all", least=0)
     gradient_checkpointing: bool = flag(False, "keep less for the backward pass: slower, smaller")

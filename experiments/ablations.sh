@@ -37,7 +37,8 @@ one_run() {  # seed, arm, flags
     [ -f $out/results.json ] || $PYTHON train_grpo.py --model runs/toy/cold_start_$seed \
         --data runs/toy/train.json --val runs/toy/validation.json --val-every 25 \
         --test runs/toy/test.json runs/toy/test_ood.json --check toy.world:check_statements \
-        --updates 50 --seed $seed --out $out "$@" > $out.log 2>&1
+        --updates 50 --lr 2.5e-4 --beta 0.04 --updates-per-rollout 1 \
+        --seed $seed --out $out "$@" > $out.log 2>&1
     [ -f $out/results.json ]  # a trainer that is stopped ends well, but without results
 }
 export -f one_run

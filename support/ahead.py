@@ -117,13 +117,13 @@ def load_ahead(dataset, order, workers):
         worker_init_fn=_end_with_main,
         generator=torch.Generator(),  # whose seed is never used, in place of torch's own
     )
-    others = set(active_children())
-    with _signals_blocked():
-        items = iter(loader)
-    team = set(active_children()) - others
-    for process in team:
-        atexit.register(process.kill)  # at the latest
+    others, team = set(active_children()), set()
     try:
+        with _signals_blocked():  # at its end a script's handler may raise
+            items = iter(loader)
+            team = set(active_children()) - others
+            for process in team:
+                atexit.register(process.kill)  # at the latest
         yield from items
     except (RuntimeError, OSError, EOFError) as error:
         wait([process.sentinel for process in team], timeout=1)  # it may be dying just now

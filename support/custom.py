@@ -7,7 +7,7 @@ from pathlib import Path
 
 from support.errors import DataError, TrainingError
 
-LARGEST = 3.4e38  # of a float32
+LARGEST = 1e18  # its square, of which a group's variance is made, still fits into float32
 
 
 def find_function(flag, name):
@@ -49,7 +49,7 @@ def guarded(name, function):
     def reward(completion, label):
         try:
             value = float(function(completion, label))
-            if abs(value) <= LARGEST:  # so neither inf nor nan
+            if abs(value) <= LARGEST:  # so not nan either
                 return value
             problem = f"returned {value}"
         except Exception as error:  # whatever a foreign function may raise
@@ -57,8 +57,8 @@ def guarded(name, function):
             place = f"{Path(where.filename).name}, line {where.lineno}"
             problem = f"failed with {type(error).__name__}: {error} ({place})"
         raise TrainingError(
-            f"reward {name} {problem}, where one finite number was expected, for the label "
-            f"{label!r} and the completion\n{completion}"
+            f"reward {name} {problem}, where one number of at most {LARGEST:.0e} was expected, for "
+            f"the label {label!r} and the completion\n{completion}"
         )
 
     return reward

@@ -4,7 +4,9 @@ A server without threads forks them, as a process that has run torch or FFmpeg m
 It has imported the scripts, so that a child is there at once. What a child does is a function of
 this file, which it imports by its name."""
 
+import functools
 import importlib
+import io
 import multiprocessing
 import os
 import resource
@@ -16,7 +18,8 @@ from pathlib import Path
 import torch
 from conftest import ROOT
 
-from support import ahead
+from model import HumanOmni
+from support import ahead, flags
 
 CONTEXT = multiprocessing.get_context("forkserver")
 LOG = "children.log"
@@ -39,7 +42,7 @@ def start(work, *arguments):
 
 def _call(work, *arguments):
     torch.set_num_threads(1)  # with others, last bits differ
-    sys.stdout = sys.stderr = open(LOG, "a", buffering=1)
+    sys.stdout = sys.stderr = open(LOG, "a", buffering=1)  # noqa: SIM115
     work(*arguments)
 
 
@@ -66,60 +69,8 @@ def run_script(name, arguments, *prepare):
     importlib.import_module(name).main(arguments)
 
 
-def kill_at(owner, name, call):
-    """The call-th call of the function owner.name is this process's last.
-
-    owner: a module, or module:class. A function that saves a file writes half of it first."""
-    module, _, inside = owner.partition(":")
-    place = importlib.import_module(module)
-    place = getattr(place, inside) if inside else place
-    original, calls = getattr(place, name), []
-
-    def deadly(*arguments, **more):
-        calls.append(1)
-        if len(calls) < call:
-            return original(*arguments, **more)
-        if name.startswith("save_"):
-            original(*arguments, **more)
-            os.truncate(arguments[1], os.path.getsize(arguments[1]) // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    setattr(place, name, deadly)
-
-
-def limit_file_size(size):
-    """From here on writing more than this into a file fails, as on a full disk."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-
-
-def limit_file_size_at(owner, name, size):
-    """The function owner.name meets a full disk."""
-    place = importlib.import_module(owner)
-    original = getattr(place, name)
-
-    def limited(*arguments, **more):
-        limit_file_size(size)
-        return original(*arguments, **more)
-
-    setattr(place, name, limited)
-
-
-def note_error(work, *arguments):
-    """Call the function, and write what it raises into the file "message"."""
-    try:
-        work(*arguments)
-    except Exception as error:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        Path("message").write_text(f"{type(error).__name__}: {error}")
-    else:
-        sys.exit(1)
-
-
 def save_changed(checkpoint, folder, *prepare):
     """Save the checkpoint, with each word's embedding one larger, to the folder."""
-    from model import HumanOmni
-
     model = HumanOmni.from_pretrained(checkpoint)
     with torch.no_grad():
         model.embed_tokens.weight.add_(1)
@@ -128,3 +79,59 @@ def save_changed(checkpoint, folder, *prepare):
     model.save_pretrained(folder)
 
 
+def note_end(work, *arguments):
+    """Call the function as a script's main; how that ends goes into the file "message"."""
+    sys.stdout = sys.stderr = said = io.StringIO()
+    code = 0
+    try:
+        flags.run_script(lambda: work(*arguments))
+    except SystemExit as end:
+        code = end.code
+    limit_file_size(resource.RLIM_INFINITY)
+    Path("message").write_text(f"{said.getvalue()}\nexit code {code}\n")
+
+
+def at_call(owner, name, call, act):
+    """From its call-th call on, the function owner.name is act(function, its arguments).
+
+    owner: a module, or module:class."""
+    module, _, inside = owner.partition(":")
+    place = importlib.import_module(module)
+    place = getattr(place, inside) if inside else place
+    original, calls = getattr(place, name), []
+
+    def changed(*arguments, **more):
+        calls.append(1)
+        if len(calls) < call:
+            return original(*arguments, **more)
+        return act(functools.partial(original, **more), arguments)
+
+    setattr(place, name, changed)
+
+
+def kill_at(owner, name, call):
+    """The call-th call of owner.name is this process's last; what saves a file has written half."""
+
+    def die(original, arguments):
+        if name.startswith("save_"):
+            original(*arguments)
+            os.truncate(arguments[1], os.path.getsize(arguments[1]) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    at_call(owner, name, call, die)
+
+
+def limit_file_size(size):
+    """From here on, writing more than this into a file fails, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def limit_file_size_at(owner, name, call, size):
+    """From its call-th call on, owner.name finds the disk full."""
+
+    def limited(original, arguments):
+        limit_file_size(size)
+        return original(*arguments)
+
+    at_call(owner, name, call, limited)

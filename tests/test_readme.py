@@ -290,7 +290,7 @@ def test_defaults_that_are_named_are_the_defaults():
     config, text = train_grpo.Config(), FLOWING["README.md"]
     assert f"B = {config.prompts} prompts × G = {config.group} completions" in text
     assert f"ε is {config.clip_eps}" in text
-    assert config.lr == 2.5e-4 and "2.5·10⁻⁴ here" in text
+    assert config.lr == 2e-4 and "2·10⁻⁴ here" in text
     assert train_grpo.PAPER["lr"] == 1e-6 and "10⁻⁶ for the real model" in text
     assert config.clip_norm == 1 and "clipped to norm 1" in text
     assert f"`--val` every {config.val_every} updates" in text
