@@ -185,15 +185,13 @@ def grpo_loss(
     mask        like logps, bool or 0/1: the tokens that count. Leave truncated completions out
                 (DAPO), and they are not punished for what they had no room to say
     clip_high   the ratio's clip above 1, if not clip_eps (DAPO): room for rare tokens
-    token_mean  (DAPO) mean over all tokens at once: a long completion counts more, its tokens as
-                much as others
-    total       completions (with token_mean: tokens that count) of the whole update, when this
-                batch is a part of it: the parts' losses and metrics then add up to those of the
-                update. Default: this batch is all. A completion without a token that counts is
-                still one of the completions, and adds nothing to the tokens
+    token_mean  mean over all tokens at once (DAPO): long completions count more, all tokens alike
+    total       completions (with token_mean: tokens that count) of the whole update, if this batch
+                is a part of it: then the losses, kl and clip_share of its parts add up. Default:
+                this batch is all. Completions without a token that counts are counted all the same
 
-    Returns the scalar loss and a dict of detached scalars: kl and clip_share (tokens where the
-    clip stops the gradient), averaged like the loss, and completion_length (tokens per row).
+    Returns the scalar loss and a dict of detached scalars, averaged like it: kl, clip_share (tokens
+    where the clip stops the gradient); and completion_length (tokens per row of this batch).
     """
     mask = mask.to(logps.dtype)
     advantages = advantages.reshape(logps.shape[:-1])[..., None].to(logps.dtype)

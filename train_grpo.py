@@ -275,8 +275,7 @@ def main(argv=None):
         # 2. Reward them by rule (eq. 1, 5, 6).
         rollout.rewards = reward_groups(reward_functions, rollout)  # {name: (B, G)}
 
-        # 3. Score them under the reference; if the KL is a part of the reward, under the policy
-        # too.
+        # 3. Score them under the reference (for a KL in the reward under the policy, too).
         if reference is not None:
             rollout.ref_logps = logps_without_gradient(reference, rollout, config)  # (B, G, C)
         if config.kl == "reward":

@@ -1,12 +1,12 @@
 """Does the default run keep its reasoning? The same command over seeds and numbers of CPU threads.
 
-    python experiments/stability.py --seeds 0 1 2 3 4 5 6 7 8 9 --threads 1 2
-    python experiments/stability.py --seeds 10 11 --threads 1 --flags "--lr 1e-4" --name lr_1e-4
+    python experiments/stability.py                               # seeds 0 to 9, 1 and 2 threads
+    python experiments/stability.py --seeds 10 11 --threads 1 --flags "--lr 1e-4" --name slow
 
-Each run is `python train_grpo.py` of the toy and, of its best/, an evaluation of sampled completions
-on the test set: how often the statements in <think> are true, how often answer and format are right.
-Runs go to runs/stability/NAME; what is there is not done again. The table is printed, and written
-to experiments/stability_NAME.md.
+Each run is `python train_grpo.py` of the toy and, of its best/, an evaluation of sampled
+completions on the test set: how often the statements in <think> are true, how often answer and
+format are right. Runs go to runs/stability/NAME; what is there is not done again. The table is
+printed, and written to runs/stability/NAME.md; experiments/stability.md is made of such tables.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-COLUMNS = ("WAR", "KL", "accuracy", "format", "face true", "voice true", "updates")
+COLUMNS = ("WAR", "largest KL", "accuracy", "format", "face true", "voice true", "updates")
 
 
 def run(folder, seed, threads, flags):
@@ -69,9 +69,7 @@ def main():
                 f"| {face:.1f} | {voice:.1f} | {updates} |"
             )
             print(lines[-1], flush=True)
-    table = Path("experiments") / f"stability_{args.name}.md"
-    if table.parent.is_dir():
-        table.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    folder.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -59,18 +59,28 @@ class Watched(Dataset):
 
 
 @contextlib.contextmanager
-def _signals_blocked():
-    """Processes started inside leave SIGINT and SIGTERM to the main process, though both get
-    them."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
+def _signals_held_back():
+    """Inside, SIGINT and SIGTERM wait: a process that is half started could not be ended.
+
+    Those that are started inside leave both signals to the main process for good."""
+    if threading.current_thread() is not threading.main_thread():  # which alone gets them
         yield
         return
-    resource_tracker.ensure_running()  # as starting it inside would unblock them
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    came, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, lambda number, _: came.append(number)) for number in numbers]
+    resource_tracker.ensure_running()  # as starting it further down would unblock them
+    mask = None
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in zip(numbers, handlers):
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def _end_with_main(_):
@@ -119,7 +129,7 @@ def load_ahead(dataset, order, workers):
     )
     others, team = set(active_children()), set()
     try:
-        with _signals_blocked():  # at its end a script's handler may raise
+        with _signals_held_back():  # at its end a script's handler may raise
             items = iter(loader)
             team = set(active_children()) - others
             for process in team:

@@ -32,7 +32,7 @@ def start(work, *arguments):
     CONTEXT.set_forkserver_preload(ahead.PRELOAD)
     here = os.getcwd()
     os.chdir(ROOT)  # where the server finds the scripts
-    with ahead._signals_blocked():
+    with ahead._signals_held_back():
         forkserver.ensure_running()
     os.chdir(here)
     process = CONTEXT.Process(target=_call, args=(work, *arguments))

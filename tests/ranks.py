@@ -1,7 +1,7 @@
-"""Run by test_distributed.py, under torchrun or alone: one step of a training script on completions that are given; every
-parameter's gradient, as the optimizer gets it, goes into a file.
+"""Run by test_distributed.py, under torchrun or alone: one step of a training script on completions
+that are given; every parameter's gradient, as the optimizer gets it, goes into a file.
 
-    python tests/ranks.py FILE grpo|sft ARGUMENTS OF THE SCRIPT
+    python tests/ranks.py FILE train_grpo|train_sft ARGUMENTS OF THE SCRIPT
 """
 
 import sys
@@ -11,14 +11,17 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import common
-from support import ranks as distributed
+import support.sampler
 import train_grpo
 import train_sft
+from generate import Sampler
+from support.flags import run_script
+from support.ranks import RANK, WORLD
 
 EOS = 317
+# Of 4 prompts, 2 each: the odd ones', which rank 1 of 2 gets, are much longer.
 COMPLETIONS = torch.tensor(
-    [  # of 4 prompts, 2 each: the odd ones', which rank 1 of 2 gets, are much longer
+    [
         [[5, EOS, EOS, EOS, EOS, EOS, EOS], [EOS, EOS, EOS, EOS, EOS, EOS, EOS]],
         [[9, 8, 7, 6, 5, 4, 3], [70, 71, 72, 73, 74, EOS, EOS]],
         [[11, 12, EOS, EOS, EOS, EOS, EOS], [13, 14, EOS, EOS, EOS, EOS, EOS]],
@@ -27,9 +30,9 @@ COMPLETIONS = torch.tensor(
 )
 
 
-class GivenCompletions(train_grpo.Sampler):
+class GivenCompletions(Sampler):
     def __call__(self, prompts, seed=None):
-        ids = COMPLETIONS[distributed.RANK :: distributed.WORLD]
+        ids = COMPLETIONS[RANK::WORLD]
         longest = int((ids != EOS).sum(-1).max())
         ids = ids[:, :, : longest + 1]  # as the sampler does it, each rank has a C of its own
         return ids, torch.full(ids.shape, -5.0)
@@ -45,17 +48,16 @@ def main():
 
     def keep_gradients(self, *args, **more):
         parameters = [p for group in self.param_groups for p in group["params"]]
-        if distributed.RANK == 0 and not Path(file).exists():
-            save_file(
-                {f"{i:03}": p.grad.clone() for i, p in enumerate(parameters) if p.grad is not None},
-                file,
-            )
+        gradients = {f"{i:03}": p.grad for i, p in enumerate(parameters) if p.grad is not None}
+        if RANK == 0 and not Path(file).exists():
+            save_file({name: gradient.clone() for name, gradient in gradients.items()}, file)
         return step(self, *args, **more)
 
     torch.optim.AdamW.step = keep_gradients
-    train_grpo.Sampler = GivenCompletions
-    train_grpo.assert_same_model = lambda *args: None  # the completions are given, not sampled
-    common.run(lambda: {"grpo": train_grpo, "sft": train_sft}[script].main(arguments))
+    support.sampler.Sampler = GivenCompletions
+    train_grpo.check_first_update = lambda *_: None  # the completions are given, not sampled
+    scripts = {"train_grpo": train_grpo, "train_sft": train_sft}
+    run_script(lambda: scripts[script].main(arguments))
 
 
 if __name__ == "__main__":
