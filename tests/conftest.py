@@ -1,4 +1,5 @@
-"""What several test files share: the small golden checkpoint and the numbers the original model computes on it."""
+"""What several test files share: the small golden checkpoint, and the numbers that the original
+model computes on it."""
 
 import sys
 from pathlib import Path
@@ -57,7 +58,8 @@ def relative_error(value, reference):
 
 
 def small_llm_config(**changes):
-    """Configurations of a model of the published architecture with very small numbers, for tests that need their own."""
+    """Configurations of a model of the published architecture with very small numbers, for tests
+    that need their own."""
     llm = dict(
         model_type="HumanOmni_qwen2",
         mm_projector_type="all_in_one_small",

@@ -11,8 +11,10 @@ from data import QUESTION_REASONING
 CHECKPOINT = str(GOLDEN / "tiny" / "humanomni")
 CLIPS = [str(GOLDEN / "media" / name) for name in ("clip.mp4", "clip16k.mp4")]
 LABELS = ["happy", "sad", "angry"]
+# GRPO's numbers as in the paper, whatever the toy's are.
+PAPER = "--beta 0.04 --updates-per-rollout 1".split()
 # The smallest GRPO run and the smallest fine-tuning: of this model, decoded in this process.
-GRPO = f"--model {CHECKPOINT} --prompts 2 --group 2 --max-new-tokens 4 --workers 0".split()
+GRPO = f"--model {CHECKPOINT} --prompts 2 --group 2 --max-new-tokens 4 --workers 0".split() + PAPER
 SFT = f"--model {CHECKPOINT} --batch-size 2 --steps 1 --workers 0".split()
 EVALUATE = f"--model {CHECKPOINT} --max-new-tokens 4 --workers 0".split()
 

@@ -176,6 +176,50 @@ def test_batches_keep_the_order_and_leave_the_random_state_alone(tmp_path, worke
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("room", [0, 1, 3, 9])
+def test_items_that_are_kept_are_not_made_again(tmp_path, monkeypatch, workers, room):
+    """As many as there is room for, over several passes; an error is one for all of them."""
+    (tmp_path / "bad.mp4").write_text("no clip")
+    examples = examples_of(CLIP, "audio", "video", "video_audio", "audio")
+    clips = data.Clips(examples, **SIZES, keep=room)
+    order = [3, 0, 0, 2, 1, 3, 2, 2, 0, 1]
+    made, load_ahead = [], data.load_ahead
+
+    def counted(dataset, indices, workers):
+        made.extend(indices)
+        return load_ahead(dataset, indices, workers)
+
+    monkeypatch.setattr(data, "load_ahead", counted)
+    expected = [clips[i] for i in range(4)]
+    for number in range(2):
+        made.clear()
+        loaded = list(data.batches(clips, order, 3, workers))
+        indices = [[item["index"] for item in batch] for batch in loaded]
+        assert indices == [[3, 0, 0], [2, 1, 3], [2, 2, 0], [1]]
+        for item in sum(loaded, []):
+            for name in ("pixel_values", "input_features"):
+                a, b = item[name], expected[item["index"]][name]
+                assert a is b is None or torch.equal(a, b)
+        kept = [3, 0, 2, 1][:room]  # those that came first
+        assert sorted(clips.kept) == sorted(kept)
+        again = [i for place, i in enumerate(order) if i not in kept or place == order.index(i)]
+        assert made == (again if number == 0 else [i for i in order if i not in kept])
+
+
+def test_a_clip_that_cannot_be_used_stays_one_where_items_are_kept(tmp_path):
+    (tmp_path / "bad.mp4").write_text("no clip")
+    examples = examples_of(CLIP, "audio") * 20 + examples_of(tmp_path / "bad.mp4", "audio")
+    clips = data.Clips(examples, **SIZES, keep=50)
+    log = tmp_path / "skipped.txt"
+    for _ in range(2):
+        loaded = list(data.batches(clips, [20, 1, 20, 2], 2, skip_log=log))
+        assert [[item["index"] for item in batch] for batch in loaded] == [[1], [2]]
+        assert len(log.read_text().splitlines()) == 1
+    with pytest.raises(ClipError, match="bad.mp4"):
+        next(data.batches(clips, [20], 1))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
 def test_errors_cross_processes_with_just_their_message(tmp_path, workers):
     bad = tmp_path / "bad.mp4"
     bad.write_text("no clip")

@@ -22,6 +22,7 @@ from conftest import GOLDEN, ROOT
 from runs import (
     CHECKPOINT,
     EVALUATE,
+    PAPER,
     SFT,
     assert_same_run,
     entry,
@@ -46,7 +47,7 @@ GRPO_FLAGS = (
     f"--model {CHECKPOINT} --data manifest.json --val manifest.json --updates 6 --prompts 2 "
     "--group 3 --max-new-tokens 6 --lr 1e-3 --val-every 3 --save-every 2 --show-every 0 "
     "--workers 1 --reward more_rewards:variety --save-dtype float32"
-).split()
+).split() + PAPER
 SFT_FLAGS = (
     f"--model {CHECKPOINT} --data manifest.json --steps 8 --batch-size 2 --lr 1e-3 --save-every 2 "
     "--workers 1 --save-dtype float32"

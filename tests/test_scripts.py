@@ -311,7 +311,8 @@ def test_kl_in_the_reward_compares_two_scoring_passes(manifest, tmp_path, monkey
     monkeypatch.setitem(updates.TOLERANCE, torch.float32, 1.0)
     lines = grpo(manifest, tmp_path / "grpo", "--updates 1 --kl reward")
     assert lines[0]["zero_spread"] == 1 and 0.001 < lines[0]["mismatch"] < 0.1
-    assert not seen[0].any()
+    # Of float32's own rounding, which depends on where in memory weights happen to lie.
+    assert seen[0].abs().max() < 0.005
 
 
 def test_grpo_with_the_same_seed_is_the_same_run_with_and_without_a_feature_cache(
@@ -447,6 +448,26 @@ def test_special_tokens_inside_a_completion_are_trained_on_but_no_text(model):
     mask = train_grpo.completion_mask(ids, tokenizer.eos_token_ids)
     assert mask.tolist() == [True] * (len(words) + 2) + [False] * 2
     assert data.completion_text(tokenizer, ids[: len(words) + 1])[1] is False
+
+
+def test_every_eos_that_the_checkpoint_names_ends_a_completion(tmp_path, monkeypatch):
+    """generation_config.json names a second one: the token that this model says first."""
+    ids, generate = [], evaluate.generate
+    monkeypatch.setattr(evaluate, "generate", lambda *g: (ids.append(generate(*g)), ids[-1])[1])
+    manifest = write_manifest(tmp_path / "m.json", [entry(0)])
+    (row,) = evaluation(manifest, tmp_path / "one")["completions"]
+    assert row["tokens"] == 4 and row["truncated"]
+    model = Path(shutil.copytree(CHECKPOINT, tmp_path / "model"))
+    file = model / "generation_config.json"
+    config = json.loads(file.read_text())
+    first = int(ids[0][0, 0, 0])
+    assert config["eos_token_id"] != first
+    file.write_text(json.dumps(config | {"eos_token_id": [first]}))
+    (row,) = evaluation(manifest, tmp_path / "two", f"--model {model}")["completions"]
+    assert ids[-1].shape == (1, 1, 1)
+    assert row["tokens"] == 1 and not row["truncated"]
+    lines = grpo(manifest, tmp_path / "grpo", f"--model {model} --updates 1 --prompts 1 --group 64")
+    assert lines[0]["truncated"] < 1
 
 
 def test_one_medium_leaves_the_other_tower_alone(manifest, tmp_path, monkeypatch):
@@ -718,6 +739,7 @@ def test_presets_are_the_papers_and_flags_win():
     assert config.updates == 0  # by epochs
     assert (config.lr, config.beta, config.epochs) == (1e-6, 0.04, 2)
     assert (config.prompts, config.group, config.max_new_tokens) == (16, 4, 512)
+    assert config.updates_per_rollout == 1 and (config.clip_eps, config.clip_high) == (0.2, 0)
     argv = "--preset paper --epochs 1 --batch-size 128".split()
     config = flags.parse_flags(train_sft.Config, "", argv, {"paper": train_sft.PAPER})
     assert (config.lr, config.epochs, config.batch_size) == (2e-5, 1, 128)
