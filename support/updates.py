@@ -78,8 +78,9 @@ def log_line(update, rollout, step_metrics):
     means = mean_over_ranks(means, len(rollout.batch))
     steps = len(step_metrics)
     averages = {name: sum(m[name] for m in step_metrics) / steps for name in step_metrics[0]}
-    if rollout.ref_logps is None:
-        averages["kl"] = None  # not 0 but unknown
+    # Of the first step alone: later ones see completions that an earlier policy sampled, and there
+    # the estimate is biased, by a single rare token as much as to 5 nats. None: not 0 but unknown.
+    averages["kl"] = None if rollout.ref_logps is None else step_metrics[0]["kl"]
     mismatch = mean_gap(rollout.old_logps, rollout.sampled_logps, rollout.mask)
     line = {"update": update, **means, **averages, "mismatch": mismatch, **lap()}
     tokens = sum_over_ranks({"tokens": int(lengths.sum())})["tokens"]
