@@ -314,7 +314,7 @@ def test_every_metric_is_explained():
     )
     step = dict.fromkeys(["loss", "kl", "clip_share", "grad_norm", "lr", "steps_left_out"], 0.0)
     logged = set(log_line(1, rollout, [step]))
-    for path in [ROOT / "train_grpo.py", *ROOT.glob("support/*.py")]:
+    for path in [ROOT / "train_grpo.py", ROOT / "data.py", *ROOT.glob("support/*.py")]:
         phases = re.findall(r'timed\("(\w+)"\)', path.read_text(encoding="utf-8"))
         logged |= {f"seconds_{phase}" for phase in phases}
     logged |= {"peak_memory_gib", "val_war", "val_uar", "val_format"}
