@@ -235,27 +235,24 @@ def one_thread(monkeypatch):
 
 @pytest.mark.slow
 @each_script
-def test_killed_at_random_moments_and_resumed_is_the_same_run(workplace, alone, one_thread, script):
+def test_killed_at_random_moments_and_resumed_is_the_same_run(workplace, alone, script):
     begin = time.perf_counter()
-    subprocess.run(command(script, "timed"), check=True, capture_output=True)
+    finish_run(script, "timed")
     whole = time.perf_counter() - begin
     assert_same_run("timed", alone[script])
     moments, kills, runs = random.Random(0), 0, 0
     while kills < 20:
         runs += 1
-        out = f"killed_{runs}"
         while True:
-            process = subprocess.Popen(
-                command(script, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
-            try:
-                assert process.wait(moments.uniform(0, 1.2 * whole)) == 0
+            process = start(script, f"killed_{runs}")
+            process.join(moments.uniform(0, 1.2 * whole))
+            if process.exitcode is not None:
+                assert process.exitcode == 0
                 break
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                kills += 1
-        assert_same_run(out, alone[script])
+            process.kill()
+            process.join()
+            kills += 1
+        assert_same_run(f"killed_{runs}", alone[script])
     print(f"{kills} kills in {runs} runs")
 
 
