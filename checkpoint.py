@@ -557,7 +557,9 @@ def read_tensors(stored, device, dtype):
             raise CheckpointError(
                 f"{file}: {name} is {tensor.dtype}; float32, float16 and bfloat16 are read"
             )
-        tensors[key] = tensor.to(dtype)
+        # A copy lies where torch puts it, not where the file happens to: a frozen copy of the model
+        # then computes the same bits.
+        tensors[key] = tensor.to(dtype, copy=True)
     return tensors
 
 
