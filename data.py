@@ -353,8 +353,7 @@ class Batch:
     examples: list  # B Example
     prompt_ids: list  # B lists of ids, -201 where the video tokens go and -202 for the audio tokens
     prompt_lengths: list  # B ints: P of each prompt, once it is embedded
-    question_ids: torch.Tensor  # (B, L) int64, for BERT
-    question_mask: torch.Tensor  # (B, L) 0 or 1
+    question: list  # B tensors (width,), BERT's reading of the question
     video: list  # B tensors (T, N, width), None for a prompt without
     audio: list  # B tensors (A/3, width), None for a prompt without
 
@@ -363,7 +362,8 @@ class Batch:
 
 
 def encode(omni, clips, items, prompt_ids=None):
-    """Items of `batches` -> Batch: each clip goes through the frozen towers once.
+    """Items of `batches` -> Batch: each clip goes through the frozen towers once, each question
+    through BERT.
 
     prompt_ids: B lists of ids, if not those of the examples' questions. Prompts may differ in what
     media they have. In the items the features replace the media; new ones go into the cache too."""
@@ -374,17 +374,23 @@ def encode(omni, clips, items, prompt_ids=None):
     examples = [clips.examples[item["index"]] for item in items]
     if prompt_ids is None:
         prompt_ids = [omni.tokenizer.prompt_ids(e.question, e.modality) for e in examples]
-    questions = omni.bert([example.question for example in examples])
     device = omni.model.device
     return Batch(
         examples=examples,
         prompt_ids=prompt_ids,
         prompt_lengths=[omni.model.prompt_length(ids) for ids in prompt_ids],
-        question_ids=questions[0].to(device),
-        question_mask=questions[1].to(device),
+        question=read_questions(omni, [example.question for example in examples]),
         video=[None if item["video"] is None else item["video"].to(device) for item in items],
         audio=[None if item["audio"] is None else item["audio"].to(device) for item in items],
     )
+
+
+def read_questions(omni, questions):
+    """B texts -> list of B tensors (width,): each distinct one through BERT, which is frozen."""
+    distinct = list(dict.fromkeys(questions))
+    inputs = (x.to(omni.model.device) for x in omni.bert(distinct))
+    readings = dict(zip(distinct, omni.model.read_question(*inputs)))
+    return [readings[question] for question in questions]
 
 
 @timed("encode")
@@ -420,17 +426,15 @@ def longest_prompt(omni, examples):
 
 def embed(model, batch):
     """Batch -> list of B prompts (P_i, D), through projectors, gate and embedding, which train."""
-    return model.embed_prompts(
-        batch.prompt_ids, batch.video, batch.audio, batch.question_ids, batch.question_mask
-    )
+    return model.embed_prompts(batch.prompt_ids, batch.video, batch.audio, batch.question)
 
 
 def completion_text(tokenizer, ids):
-    """(C,) sampled ids -> text up to the first EOS, and whether there was one.
+    """(C,) sampled ids, in main memory -> text up to the first EOS, and whether there was one.
 
     Special tokens inside a completion are part of it, and get a gradient, but not of its text."""
     mask = completion_mask(ids, tokenizer.eos_token_ids)
-    ended = torch.isin(ids, torch.tensor(tokenizer.eos_token_ids, device=ids.device)).any()
+    ended = torch.isin(ids, torch.tensor(tokenizer.eos_token_ids)).any()
     return tokenizer.decode(ids[mask].tolist()), bool(ended)
 
 
@@ -450,6 +454,11 @@ def parts_of(batch, size):
     return parts
 
 
+def places(chosen, device):
+    """A list of indices as a tensor on a device, without waiting for the device."""
+    return torch.tensor(chosen).to(device, non_blocking=True)
+
+
 def take(record, chosen):
     """The same record, a Batch or one that holds it, of some of its prompts.
 
@@ -458,7 +467,7 @@ def take(record, chosen):
     if record is None:
         return None
     if isinstance(record, torch.Tensor):
-        return record[chosen]
+        return record[places(chosen, record.device)]
     if isinstance(record, list):
         return [record[i] for i in chosen]
     if isinstance(record, dict):

@@ -81,7 +81,7 @@ def evaluate(omni, clips, settings, title="evaluate", log=None, skip_log=None):
         disable=RANK > 0,
     )
     own = order[RANK::WORLD]
-    with progress, autocast(omni.model):
+    with progress:
         for items in batches(clips, own, settings.batch_size, settings.workers, skip_log):
             if not items:  # all of them bad
                 continue
@@ -96,16 +96,17 @@ def evaluate(omni, clips, settings, title="evaluate", log=None, skip_log=None):
 def complete(omni, clips, items, settings):
     """Items of `data.batches` -> rows, `samples` per item."""
     batch = encode(omni, clips, items)
-    ids = generate(
-        omni.model,
-        embed(omni.model, batch),
-        settings.samples,
-        settings.max_new_tokens,
-        settings.temperature,
-        settings.top_p,
-        omni.tokenizer.eos_token_ids,
-        settings.seed + items[0]["index"],
-    ).cpu()  # (B, G, C)
+    with autocast(omni.model):
+        ids = generate(
+            omni.model,
+            embed(omni.model, batch),
+            settings.samples,
+            settings.max_new_tokens,
+            settings.temperature,
+            settings.top_p,
+            omni.tokenizer.eos_token_ids,
+            settings.seed + items[0]["index"],
+        ).cpu()  # (B, G, C)
     lengths = completion_mask(ids, omni.tokenizer.eos_token_ids).sum(-1)  # (B, G)
     rows = []
     for b, (item, example) in enumerate(zip(items, batch.examples)):

@@ -10,8 +10,8 @@
     ids = generate(model, prompts, num_samples=8, eos_token_id=tokenizer.eos_token_ids)
 
 `Sampler` keeps what a training run needs again and again: a working copy of the weights in the
-compute type, the buffers, the compiled step, which a GPU replays as a CUDA graph. `generate` makes
-one for a single call, not compiled.
+compute type, the buffers, on a GPU the step as a CUDA graph (support/compiling.py). `generate`
+makes one for a single call.
 
 Shapes: B prompts · G completions per prompt · R = B*G rows · P prompt length · C completion length
 · D width · V vocabulary; hd head width. This file needs torch and grpo.py.
@@ -20,9 +20,11 @@ Shapes: B prompts · G completions per prompt · R = B*G rows · P prompt length
 from dataclasses import dataclass
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
+import torch.nn.functional as F
 
 from grpo import completion_mask
+
+BLOCK = 512  # words of the vocabulary that `draw` looks at together
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,12 @@ class LayerCache:
         R, heads, _, hd = q.shape
         B, kv_heads, P, _ = self.prompt_keys.shape
         G, shared = R // B, heads // kv_heads
-        # After compaction there is room for more rows than there are.
+        # After compaction there is room for more rows than there are. Indexing the whole buffer is
+        # what the compiler writes in place; of self.keys[:R] it would copy all rows out and back.
+        places = torch.arange(R, device=k.device)
+        self.keys[places, :, self.step] = k[:, :, 0]
+        self.values[places, :, self.step] = v[:, :, 0]
         keys, values = self.keys[:R], self.values[:R]
-        keys.index_copy_(2, self.step, k)
-        values.index_copy_(2, self.step, v)
 
         def by_prompt(x):  # (R, kv_heads, shared, n) -> (B, kv_heads, G*shared, n)
             return x.unflatten(0, (B, G)).transpose(1, 2).flatten(2, 3)
@@ -88,12 +92,21 @@ class LayerCache:
         return attended.reshape(R, heads, 1, hd)
 
 
+def pick(weights, generator):
+    """One index per row, each as likely as its weight is large: (R, n) -> (R, 1) int64."""
+    ends = weights.cumsum(-1, dtype=torch.float64)
+    uniform = torch.empty_like(ends[:, :1]).uniform_(generator=generator)  # (R, 1) in [0, 1)
+    # right: the first whose sum is beyond the number, so never one of weight 0.
+    index = torch.searchsorted(ends, uniform * ends[:, -1:], right=True)
+    return index.clamp(max=weights.shape[-1] - 1)  # the product may round up to the sum itself
+
+
 def draw(logits, temperature, top_p, generator):
     """One token per row: (R, V) float32 -> ids (R,), and their log-probabilities (R,).
 
-    These are of the distribution that was drawn from. One uniform number per row is looked up in
-    the running sum of the probabilities; the sum is in float64, as 150 000 words are more than
-    float32 can add up evenly. Temperature 0 is greedy; log-probabilities are at temperature 1."""
+    These are of the distribution that was drawn from. First a block of words is drawn, then one of
+    its words: a running sum over all 150 000 would be slow. Temperature 0 is greedy;
+    log-probabilities are at temperature 1."""
     if temperature == 0:
         ids = logits.argmax(-1)
         return ids, logits.log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
@@ -103,11 +116,10 @@ def draw(logits, temperature, top_p, generator):
         before = ranked.softmax(-1).cumsum(-1) - ranked.softmax(-1)
         logits = logits.scatter(-1, order, ranked.masked_fill(before >= top_p, -torch.inf))
     logps = logits.log_softmax(-1)
-    reached = logps.exp().cumsum(-1, dtype=torch.float64)  # (R, V), about 1 at the end
-    uniform = torch.empty_like(reached[:, :1]).uniform_(generator=generator)  # (R, 1) in [0, 1)
-    # right: the first token whose sum is beyond the number, so never one of probability 0.
-    ids = torch.searchsorted(reached, uniform * reached[:, -1:], right=True)
-    ids = ids.clamp(max=logits.shape[-1] - 1)  # the product may round up to the sum itself
+    words = F.pad(logps.exp(), (0, -logps.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    block = pick(words.sum(-1), generator)  # (R, 1)
+    words = words.take_along_dim(block[..., None], dim=1).squeeze(1)  # (R, BLOCK)
+    ids = block * BLOCK + pick(words, generator)
     return ids.squeeze(-1), logps.gather(-1, ids).squeeze(-1)
 
 
@@ -122,12 +134,12 @@ class Sampler:
     decoding         a Decoding
     copy             a working copy of the model to sample from (bf16, say); `refresh` brings it up
                      to date. None: sample from the model itself
-    compiled         compile the decode step, and on a GPU capture it as a CUDA graph, once per
-                     number of rows
+    replay           None, or a support.compiling.Replay, which captures a decode step on a GPU and
+                     replays it
     """
 
     @torch.no_grad()
-    def __init__(self, model, B, G, prompt_capacity, decoding, *, copy=None, compiled=False):
+    def __init__(self, model, B, G, prompt_capacity, decoding, *, copy=None, replay=None):
         if G < 1:
             raise ValueError(f"num_samples must be at least 1, got {G}")
         self.source, self.model = model, model if copy is None else copy
@@ -152,15 +164,14 @@ class Sampler:
         self.logps = zeros(R, self.C, dtype=torch.float32)
         # Keys no row may see: padding between a prompt's end and P; own positions not yet written.
         self.blocked_keys = zeros(R, 1, 1, self.P + self.C, dtype=torch.bool)
-        # One token, for the shapes and types of what the model gives.
-        hidden, kv = self.model(zeros(1, 1, weight.shape[1], dtype=self.dtype), return_kv=True)
+        # One token, for the shapes and types of what the model gives; not worth compiling.
+        with torch.compiler.set_stance("force_eager"):
+            hidden, kv = self.model(zeros(1, 1, weight.shape[1], dtype=self.dtype), return_kv=True)
         self.logits = self.model.logits(hidden[0]).repeat(R, 1)  # (R, V), of the next token
         self.cache = [
             LayerCache(k, B, G, self.P, self.C, self.step, self.blocked_keys) for k, _ in kv
         ]
-        self.compiled, self.graphs = compiled, {}
-        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
-        self.forward = torch.compile(self._forward, dynamic=False) if compiled else self._forward
+        self.replay = replay
 
     @torch.no_grad()
     def refresh(self):
@@ -173,17 +184,13 @@ class Sampler:
 
     @torch.no_grad()
     def warm_up(self):
-        """Compile, and capture, for every number of rows that compaction can lead to."""
+        """Take every number of rows once that compaction can lead to."""
+        self._prefill([torch.zeros(self.P, self.model.embed_tokens.embedding_dim)])
         G = self.G
-        while self.compiled and G >= 1:
+        while G >= 1:
             self.step.zero_()
             self._run(self.B * G)
             G = G // 2
-
-    def _forward(self, token, positions):
-        embeds = self.model.embed_tokens(token[:, None])  # (R, 1, D)
-        hidden = self.model(embeds, past=self.cache, positions=positions[:, None])
-        return self.model.logits(hidden[:, 0])  # (R, V)
 
     def _decode(self, R):
         """Draw a token for the first R places, and make the logits of the one after it.
@@ -199,37 +206,25 @@ class Sampler:
         self.ids[row, self.step] = token
         self.logps[row, self.step] = logp
         self.blocked_keys.index_fill_(3, self.P + self.step, False)
-        self.logits[:R] = self.forward(token, self.prompt_lengths[:R] + self.step)
+        embeds = self.model.embed_tokens(token[:, None])  # (R, 1, D)
+        positions = (self.prompt_lengths[:R] + self.step)[:, None]  # (R, 1)
+        hidden = self.model(embeds, past=self.cache, positions=positions)
+        self.logits[:R] = self.model.logits(hidden[:, 0])
         self.step += 1
 
     def _run(self, R):
-        """One step, replayed from a CUDA graph on a GPU."""
-        if not (self.compiled and self.device.type == "cuda"):
+        if self.replay is None:
             return self._decode(R)
-        if R not in self.graphs:
-            # Warming up and capturing run the step for real; what they write is put back.
-            written = (self.step, self.done, self.ids, self.logps, self.blocked_keys, self.logits)
-            before = [buffer.clone() for buffer in written]
-            self._decode(R)  # compiles; nothing may be allocated for the first time during capture
-            graph = torch.cuda.CUDAGraph()
-            graph.register_generator_state(self.generator)
-            # All graphs share one memory pool: only one runs at a time.
-            with torch.cuda.graph(graph, pool=self.pool):
-                self._decode(R)
-            for buffer, content in zip(written, before):
-                buffer.copy_(content)
-            self.graphs[R] = graph
-        self.graphs[R].replay()
+        written = (self.step, self.done, self.ids, self.logps, self.blocked_keys, self.logits)
+        return self.replay(lambda: self._decode(R), R, written, self.generator)
 
     def _compact(self, G):
-        """Of each prompt's G places, move the unfinished rows to the front if half are enough.
+        """Of each prompt's G places, the first half go on, with all rows that are unfinished.
 
         Returns G as it is then."""
-        live = (~self.done[: self.B * G]).view(self.B, G)
-        if G == 1 or int(live.sum(1).max()) > G // 2:
-            return G
         half = G // 2
-        unfinished_first = live.int().argsort(dim=1, descending=True, stable=True)
+        unfinished = ~self.done[: self.B * G].view(self.B, G)
+        unfinished_first = unfinished.int().argsort(dim=1, descending=True, stable=True)
         first_place = torch.arange(self.B, device=self.device)[:, None] * G
         places = (unfinished_first[:, :half] + first_place).flatten()  # (B*half,)
         R = self.B * half
@@ -245,12 +240,15 @@ class Sampler:
         B, G, device = self.B, self.G, self.device
         given = len(prompts)
         lengths = torch.tensor([len(p) for p in prompts] + [1] * (B - given), device=device)
-        # Prompts are padded on the right, where causal attention does not look.
-        padded = pad_sequence(prompts, batch_first=True).to(self.dtype)
+        # Always of one shape, so that nothing is compiled again; prompts are padded on the right,
+        # where causal attention does not look.
+        padded = torch.zeros(B, self.P, prompts[0].shape[1], dtype=self.dtype, device=device)
+        for row, prompt in zip(padded, prompts):
+            row[: len(prompt)] = prompt
         hidden, kv = self.model(padded, return_kv=True)
         for layer, (k, v) in zip(self.cache, kv):
-            layer.prompt_keys[:given, :, : k.shape[2]] = k
-            layer.prompt_values[:given, :, : v.shape[2]] = v
+            layer.prompt_keys.copy_(k)
+            layer.prompt_values.copy_(v)
         last = hidden[torch.arange(given, device=device), lengths[:given] - 1]  # (given, D)
 
         # Rows 0..G-1 are prompt 0's, the next G prompt 1's, ... Places without a prompt are done.
@@ -282,10 +280,11 @@ class Sampler:
         for steps in range(1, self.C + 1):
             self._run(self.B * G)
             if self.eos is not None and steps % every == 0:
-                places_in_use = self.B * G
-                if self.done[:places_in_use].all():
+                unfinished = (~self.done[: self.B * G]).view(self.B, G).sum(1).max().item()
+                if unfinished == 0:
                     break
-                G = self._compact(G)
+                if unfinished <= G // 2:
+                    G = self._compact(G)
         ids, logps = self.ids[: given * self.G, :steps], self.logps[: given * self.G, :steps]
         if self.eos is not None:  # cut to the longest row
             steps = int(completion_mask(ids, self.eos).sum(1).max())

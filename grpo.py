@@ -20,6 +20,7 @@ with any causal language model.
 """
 
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 
@@ -66,8 +67,8 @@ def completion_mask(completion_ids, eos_token_id):
 
 def token_logps(logits, ids):
     """log softmax(logits)[ids] in float32. (..., V), (...) -> (...)."""
-    logits = logits.float()
-    return logits.gather(-1, ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
+    flat = F.cross_entropy(logits.float().flatten(0, -2), ids.flatten(), reduction="none")
+    return -flat.view(ids.shape)
 
 
 def chunked_logps(model, hidden, ids, chunk=512):
@@ -107,7 +108,8 @@ def completion_logps(model, prompt_embeds, completion_ids, mask=None, chunk=512)
 
     prompt_embeds (B, P, D) and completion_ids (B, G, C) int64 -> (B, G, C) float32, or, of a single
     prompt, (P, D) or (1, P, D) and (G, C) -> (G, C). mask, shaped like the ids: the tokens that are
-    wanted; the others come back as 0, and a row stops at its last wanted token.
+    wanted; the others come back as 0, and a row stops at its last wanted token. The mask is looked
+    at in main memory: one that lies on a GPU is waited for.
 
     Asks of `model` four things, which any causal language model can offer:
         model(embeds, return_kv=True)            hidden states (B, P, D), keys and values `kv`
@@ -119,33 +121,40 @@ def completion_logps(model, prompt_embeds, completion_ids, mask=None, chunk=512)
     those of the prompt repeated G times, for B * (P + G*C) positions instead of B * G * (P + C).
     """
     prompts = prompt_embeds.reshape(-1, *prompt_embeds.shape[-2:])  # (B, P, D)
-    ids = completion_ids.reshape(-1, completion_ids.shape[-1])  # (R, C)
-    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.reshape(ids.shape) > 0
-    R, C = ids.shape
-    prompt_of = torch.arange(R, device=ids.device) // (R // len(prompts))  # G rows per prompt
+    C = completion_ids.shape[-1]
+    wanted = torch.ones(completion_ids.shape) if mask is None else mask.cpu()
+    wanted = wanted.reshape(-1, C) > 0  # (R, C)
     # Where each row's last wanted token ends; 0 for a row without any.
-    ends = (mask * torch.arange(1, C + 1, device=ids.device)).amax(dim=1).tolist()
+    ends = (wanted * torch.arange(1, C + 1)).amax(dim=1).tolist()
+    R, G = len(wanted), len(wanted) // len(prompts)
 
+    def there(tensor):  # to the model's device, without waiting for it
+        return tensor.to(prompts.device, non_blocking=True)
+
+    ids = there(completion_ids.reshape(-1, C))  # (R, C)
     prompt_hidden, kv = model(prompts, return_kv=True)
     pieces, places = [], []
     for bucket in length_buckets(ends):
         longest = max(1, ends[bucket[0]])
-        bucket = torch.tensor(bucket, device=ids.device)  # (r,) row numbers
-        bucket_ids, wanted = ids[bucket, :longest], mask[bucket, :longest]  # (r, longest)
+        # Only wanted positions reach the head, which is the largest layer of all.
+        i, position = wanted[bucket, :longest].nonzero(as_tuple=True)  # i: row within the bucket
+        bucket = torch.tensor(bucket)  # (r,) row numbers
+        prompt_of = there(bucket // G)  # (r,) the prompt that each row follows
+        bucket_ids = ids[there(bucket), :longest]  # (r, longest)
         # The state at position t predicts token t + 1: the prompt's last state predicts every row's
         # first token, and the last token is never an input.
-        hidden = prompt_hidden[prompt_of[bucket], -1:]  # (r, 1, D)
+        hidden = prompt_hidden[prompt_of, -1:]  # (r, 1, D)
         if longest > 1:
             inputs = model.embed_tokens(bucket_ids[:, :-1])
-            after = model(inputs, past=kv, prompt_of=prompt_of[bucket])
+            after = model(inputs, past=kv, prompt_of=prompt_of)
             hidden = torch.cat([hidden, after], dim=1)  # (r, longest, D)
-        # Only wanted positions reach the head, which is the largest layer of all.
-        i, position = wanted.nonzero(as_tuple=True)
-        pieces.append(chunked_logps(model, hidden[i, position], bucket_ids[i, position], chunk))
+        place = there(i * longest + position)
+        states, next_ids = hidden.flatten(0, 1).index_select(0, place), bucket_ids.flatten()[place]
+        pieces.append(chunked_logps(model, states, next_ids, chunk))
         places.append(bucket[i] * C + position)
     # Back to (R, C), 0 elsewhere; index_put passes the gradient on.
     logps = torch.zeros(R * C, device=ids.device)
-    logps = logps.index_put((torch.cat(places),), torch.cat(pieces))
+    logps = logps.index_put((there(torch.cat(places)),), torch.cat(pieces))
     return logps.view(completion_ids.shape)
 
 
@@ -181,7 +190,7 @@ def grpo_loss(
     old_logps   alike, of the policy that sampled them, or None: this is the first step after the
                 rollout, so the ratio is 1 in value; its gradient is that of logps
     ref_logps   alike, of the frozen reference, or None: no KL term
-    advantages  (rows,) or (B, G)
+    advantages  (rows,) or (B, G); they and the mask may lie in main memory
     mask        like logps, bool or 0/1: the tokens that count. Leave truncated completions out
                 (DAPO), and they are not punished for what they had no room to say
     clip_high   the ratio's clip above 1, if not clip_eps (DAPO): room for rare tokens
@@ -193,8 +202,8 @@ def grpo_loss(
     Returns the scalar loss and a dict of detached scalars, averaged like it: kl, clip_share (tokens
     where the clip stops the gradient); and completion_length (tokens per row of this batch).
     """
-    mask = mask.to(logps.dtype)
-    advantages = advantages.reshape(logps.shape[:-1])[..., None].to(logps.dtype)
+    mask = mask.to(logps, non_blocking=True)  # to its type and its device
+    advantages = advantages.reshape(logps.shape[:-1])[..., None].to(logps, non_blocking=True)
     lengths = mask.sum(dim=-1)
     if total is None:
         total = lengths.sum().clamp(min=1) if token_mean else lengths.numel()

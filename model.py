@@ -7,7 +7,8 @@
 
     model = HumanOmni.from_pretrained("path/to/R1-Omni-0.5B")
     video, audio = model.encode(pixel_values, input_features)  # frozen towers: once per clip
-    (prompt,) = model.embed_prompts([prompt_ids], video, audio, bert_ids, bert_mask)  # (P, D)
+    question = model.read_question(bert_ids, bert_mask)  # frozen too: once per question
+    (prompt,) = model.embed_prompts([prompt_ids], video, audio, question)  # (P, D)
     logits = model.logits(model(prompt[None]))  # (1, P, V)
 
 Module names are those of the published checkpoints, so `state_dict()` differs from a file on disk
@@ -267,34 +268,35 @@ def rotate(x, rope):
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
-def attend(q, k, v, past=None, prompt_of=None):
-    """Causal attention of L new tokens, which follow `past`.
+def attend(q, k, v, past=None, follows=None):
+    """Causal attention of L new tokens, which come after `past`.
 
     q (R, heads, L, hd); k, v (R, kv_heads, L, hd) -> (R, heads, L, hd). past is one of
       None              nothing came before;
-      (k, v)            of B prompts of one length, (B, kv_heads, P, hd), gradients and all: row r
-                        follows prompt prompt_of[r], (R,) int64; None: R/B rows each, in order;
+      (k, v)            of B prompts of one length, (B, kv_heads, P, hd), gradients and all; follows
+                        (R, B) is 1 where a row follows a prompt, 0 elsewhere;
       any other object  its method attend(q, k, v) decides (the static cache of generate.py)."""
-    if past is not None and not isinstance(past, tuple):
-        return past.attend(q, k, v)
+    if past is None or isinstance(past, tuple):
+        return causal_attention(q, k, v, past, follows)
+    return past.attend(q, k, v)
+
+
+# Its kernels are whole already, and the compiler cannot look into a causal bias.
+@torch.compiler.disable
+def causal_attention(q, k, v, past, follows):
     if past is not None:
-        old_k, old_v = past
-        if prompt_of is None:
-            prompt_of = torch.arange(len(q), device=q.device) // (len(q) // len(old_k))
-        # By way of float32: backward adds up the rows of a prompt, and bf16 would round every sum.
-        k = torch.cat([old_k.float()[prompt_of].to(k.dtype), k], dim=2)  # (R, kv_heads, P+L, hd)
-        v = torch.cat([old_v.float()[prompt_of].to(v.dtype), v], dim=2)
-    shared = q.shape[1] // k.shape[1]  # grouped queries: so many query heads share a key head
-    k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
+        # A product, as its backward adds up a prompt's rows in float32 and always in one order.
+        old_k, old_v = (torch.einsum("rb,bhpd->rhpd", follows, old) for old in past)
+        k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)  # (R, kv_heads, P+L, hd)
     L, S = q.shape[2], k.shape[2]
     if L == S:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     # New token i sees the S - L old ones and new ones 0..i: a causal triangle in the lower right.
     if q.is_cuda:
         mask = causal_lower_right(L, S)  # not a tensor of L x S: it selects the flash kernel
     else:
         mask = torch.ones(L, S, dtype=torch.bool, device=q.device).tril(S - L)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
 class DecoderLayer(nn.Module):
@@ -310,14 +312,14 @@ class DecoderLayer(nn.Module):
         gate, up = nn.Linear(D, inner, bias=False), nn.Linear(D, inner, bias=False)
         self.mlp = named(gate_proj=gate, up_proj=up, down_proj=nn.Linear(inner, D, bias=False))
 
-    def forward(self, x, rope, past, prompt_of):
+    def forward(self, x, rope, past, follows):
         """(R, L, D) -> (R, L, D), and the new tokens' keys and values (R, kv_heads, L, hd)."""
         attn, mlp = self.self_attn, self.mlp
         h = self.input_layernorm(x)
         q = rotate(split_heads(attn.q_proj(h), self.heads), rope)  # (R, heads, L, hd)
         k = rotate(split_heads(attn.k_proj(h), self.kv_heads), rope)  # (R, kv_heads, L, hd)
         v = split_heads(attn.v_proj(h), self.kv_heads)
-        h = attend(q, k, v, past, prompt_of).transpose(1, 2).flatten(2)  # (R, L, D)
+        h = attend(q, k, v, past, follows).transpose(1, 2).flatten(2)  # (R, L, D)
         x = x + attn.o_proj(h)
         h = self.post_attention_layernorm(x)
         return x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * mlp.up_proj(h)), (k, v)
@@ -377,10 +379,17 @@ class HumanOmni(nn.Module):
             audio = pool_audio(self.audio_tower(input_features))
         return video, audio
 
+    def read_question(self, input_ids, attention_mask):
+        """BERT ids and mask (B, L) of questions -> (B, width), its state of the first token."""
+        return self.bert_model(input_ids, attention_mask)[:, 0]
+
+    def weigh_branches(self, question):
+        """BERT's reading of questions (B, width) -> (B, 3) weights of the branches, sum 1."""
+        return self.bert_gate(question).float().softmax(-1)
+
     def branch_weights(self, input_ids, attention_mask):
-        """BERT ids and mask (B, L) of questions -> (B, 3) weights of the branches, summing to 1."""
-        cls = self.bert_model(input_ids, attention_mask)[:, 0]  # (B, width)
-        return self.bert_gate(cls).float().softmax(-1)
+        """BERT ids and mask (B, L) of questions -> (B, 3) weights of the branches, sum 1."""
+        return self.weigh_branches(self.read_question(input_ids, attention_mask))
 
     def video_tokens(self, features, weights):
         """(B, T, N, width), (B, 3) -> (B, T*N/4, D)."""
@@ -402,7 +411,8 @@ class HumanOmni(nn.Module):
         """(B, L) ids -> (B, P, D): one -201 / -202 per row gives way to its video (B, n, D) / audio
         (B, m, D) tokens. A place without tokens, or tokens without a place, is a ValueError."""
         media = {VIDEO_TOKEN: video_tokens, AUDIO_TOKEN: audio_tokens}
-        text = self.embed_tokens(prompt_ids.clamp(min=0))  # (B, L, D)
+        text_ids = prompt_ids.clamp(min=0).to(self.device, non_blocking=True)
+        text = self.embed_tokens(text_ids)  # (B, L, D)
         prompts = []
         for b, ids in enumerate(prompt_ids.tolist()):
             pieces = list(text[b].split(1))  # L times (1, D); those of placeholders are replaced
@@ -415,21 +425,19 @@ class HumanOmni(nn.Module):
             prompts.append(torch.cat(pieces))  # (P, D)
         return torch.stack(prompts)
 
-    def embed_prompts(self, prompt_ids, video, audio, question_ids, question_mask):
+    def embed_prompts(self, prompt_ids, video, audio, question):
         """From tower features to prompts, with gradient into projectors, gate and embedding.
 
         prompt_ids    B lists of ids, of unequal length maybe
         video, audio  from `encode`, (T, N, width) and (A/3, width) per prompt: stacked, or a list
                       with None for a prompt that lacks the medium; None: all lack it
-        question_ids, question_mask  (B, L) for BERT -> list of B tensors (P_i, D)."""
+        question      from `read_question`, (width,) per prompt: stacked, or a list
+        -> list of B tensors (P_i, D)."""
         B, video_tokens, audio_tokens = len(prompt_ids), {}, {}
         seen = [b for b in range(B) if video is not None and video[b] is not None]
         heard = [b for b in range(B) if audio is not None and audio[b] is not None]
         if seen:
-            # The gate reads text alone: BERT runs once per distinct question.
-            questions = torch.stack([question_ids[seen], question_mask[seen]])  # (2, seen, L)
-            distinct, which = questions.unique(dim=1, return_inverse=True)
-            weights = self.branch_weights(*distinct)[which]  # (seen, 3)
+            weights = self.weigh_branches(torch.stack([question[b] for b in seen]))  # (seen, 3)
             tokens = self.video_tokens(torch.stack([video[b] for b in seen]), weights)
             video_tokens = dict(zip(seen, tokens.split(1)))  # of prompt b: (1, T*N/4, D)
         if heard:
@@ -437,8 +445,9 @@ class HumanOmni(nn.Module):
             audio_tokens = dict(zip(heard, tokens.split(1)))  # of prompt b: (1, A/3, D)
         prompts = []
         for b, ids in enumerate(prompt_ids):
-            ids = torch.tensor([ids], device=self.device)
-            prompts.append(self.embed_prompt(ids, video_tokens.get(b), audio_tokens.get(b))[0])
+            media = video_tokens.get(b), audio_tokens.get(b)
+            # The ids stay in main memory, where embed_prompt looks for placeholders.
+            prompts.append(self.embed_prompt(torch.tensor([ids]), *media)[0])
         return prompts
 
     def forward(self, inputs_embeds, past=None, prompt_of=None, positions=None, return_kv=False):
@@ -449,9 +458,14 @@ class HumanOmni(nn.Module):
         positions  (R or 1, L) of the new tokens; None: on from the end of `past`
         return_kv  also return their keys and values, [(k, v)] per layer, ready to be `past`"""
         x, kv, device = inputs_embeds, [], inputs_embeds.device
+        R, L, follows, start = *x.shape[:2], None, 0
+        if past and isinstance(past[0], tuple):
+            B, _, start, _ = past[0][0].shape
+            if prompt_of is None:
+                prompt_of = torch.arange(R, device=device) // (R // B)
+            follows = (prompt_of[:, None] == torch.arange(B, device=device)).to(past[0][0].dtype)
         if positions is None:
-            start = past[0][0].shape[2] if past else 0
-            positions = torch.arange(start, start + x.shape[1], device=device)[None]  # (1, L)
+            positions = torch.arange(start, start + L, device=device)[None]  # (1, L)
         c = self.configs["llm"]
         hd = c["hidden_size"] // c["num_attention_heads"]
         exponents = torch.arange(0, hd, 2, device=device).float() / hd
@@ -465,7 +479,7 @@ class HumanOmni(nn.Module):
         for layer, layer_past in zip(self.layers, past or [None] * len(self.layers)):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 layer = partial(recompute, layer)  # keep its input only, run it again in backward
-            x, layer_kv = layer(x, rope, layer_past, prompt_of)
+            x, layer_kv = layer(x, rope, layer_past, follows)
             if return_kv:
                 kv.append(layer_kv)
         x = self.norm(x)

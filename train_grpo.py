@@ -34,6 +34,7 @@ from evaluate import RunEvaluation
 from grpo import completion_logps, completion_mask, group_advantages, grpo_loss, kl_in_reward
 from rewards import accuracy_reward, extract_answer, format_reward
 from support.clock import timed
+from support.compiling import compile_layers, compiler_works
 from support.custom import find_rewards
 from support.errors import DataError
 from support.flags import flag, load, parse_flags, read_examples, run_script
@@ -82,7 +83,7 @@ class Config(TrainingFlags):  # and those: model, data, seed, workers, saving, .
     micro_batch: int = flag(4, "prompts scored at a time, G completions each; 0: all", least=0)
     gradient_checkpointing: bool = flag(False, "keep less for the backward pass: slower, smaller")
     cache_features: str = flag("", "folder to keep the towers' output per clip in")
-    compile: bool = flag(True, "on a GPU: compile the sampling step, replay it as a CUDA graph")
+    compile: bool = flag(True, "on a GPU: compile the layers, replay sampling as a CUDA graph")
     # what is shown and kept
     val_every: int = flag(20, "updates between evaluations on --val, and drawn curves", least=1)
     show_every: int = flag(10, "updates between printed samples; 0: none", least=0)
@@ -90,7 +91,10 @@ class Config(TrainingFlags):  # and those: model, data, seed, workers, saving, .
 
 @dataclass
 class Rollout:
-    """What the policy said to B prompts, and what stays fixed about it while the policy moves."""
+    """What the policy said to B prompts, and what stays fixed about it while the policy moves.
+
+    All but log-probabilities lies in main memory, where it is looked at without waiting for a
+    GPU."""
 
     batch: data.Batch  # the B prompts
     ids: torch.Tensor  # (B, G, C) int64, padded with EOS
@@ -112,14 +116,15 @@ def sample_groups(sampler, omni, batch, seed):
     sampler.refresh()  # where a bf16 copy is sampled from: the policy's weights of now
     with autocast(omni.model):
         ids, logps = sampler(data.embed(omni.model, batch), seed)  # (B, G, C) both
-    decoded = [[data.completion_text(omni.tokenizer, row) for row in group] for group in ids.cpu()]
+    ids = ids.cpu()
+    decoded = [[data.completion_text(omni.tokenizer, row) for row in group] for group in ids]
     return Rollout(
         batch=batch,
         ids=ids,
         mask=completion_mask(ids, omni.tokenizer.eos_token_ids),
         sampled_logps=logps,
         texts=[[text for text, _ in group] for group in decoded],
-        ended=torch.tensor([[ended for _, ended in group] for group in decoded], device=ids.device),
+        ended=torch.tensor([[ended for _, ended in group] for group in decoded]),
     )
 
 
@@ -129,7 +134,7 @@ def reward_groups(functions, rollout):
     rewards = {}
     for name, reward in functions.items():
         values = [[reward(text, label) for text in g] for g, label in zip(rollout.texts, labels)]
-        rewards[name] = torch.tensor(values, device=rollout.ids.device)
+        rewards[name] = torch.tensor(values)
     return rewards
 
 
@@ -149,7 +154,7 @@ def logps_without_gradient(model, rollout, config):
     """3. As logps_of, a few prompts at a time -> (B, G, C) float32."""
     logps = torch.zeros_like(rollout.sampled_logps)
     for part in data.parts_of(rollout.batch, config.micro_batch):
-        logps[part] = logps_of(model, data.take(rollout, part))
+        logps[data.places(part, logps.device)] = logps_of(model, data.take(rollout, part))
     return logps
 
 
@@ -157,7 +162,7 @@ def advantages_of(rollout, config):
     """4. How much better than its group is each completion? (eq. 4) -> (B, G) float32."""
     reward = sum(rollout.rewards.values())  # eq. 5
     if config.kl == "reward":
-        logps = (rollout.old_logps, rollout.ref_logps)
+        logps = (rollout.old_logps.cpu(), rollout.ref_logps.cpu())
         reward = kl_in_reward(reward, *logps, rollout.mask, config.beta)
     return group_advantages(reward, scale=config.std)
 
@@ -198,11 +203,11 @@ def add_gradients(policy, rollout, config):
             total=normaliser,
         )
         loss.backward()
-        all_logps[part] = logps.detach()
-        sums["loss"] += loss.item()
-        sums["kl"] += metrics["kl"].item()
-        sums["clip_share"] += metrics["clip_share"].item()
-    return sum_over_ranks(sums), all_logps
+        all_logps[data.places(part, logps.device)] = logps.detach()
+        sums["loss"] += loss.detach()
+        sums["kl"] += metrics["kl"]
+        sums["clip_share"] += metrics["clip_share"]
+    return sum_over_ranks({name: float(value) for name, value in sums.items()}), all_logps
 
 
 def load_policy(config):
@@ -213,6 +218,10 @@ def load_policy(config):
     dtype = compute_dtype(omni.model.device)
     reference = omni.model.frozen_copy(dtype) if config.beta else None
     omni.model.gradient_checkpointing = config.gradient_checkpointing
+    if config.compile and compiler_works(omni.model.device):
+        compile_layers(omni.model, dynamic=True)
+        if reference is not None:
+            compile_layers(reference, dynamic=True)
     return omni, reference
 
 

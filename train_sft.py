@@ -78,8 +78,9 @@ def add_gradients(omni, clips, items, config):
     loss = 0.0
     for start in range(0, len(items), size):
         part = slice(start, start + size)
-        with autocast(omni.model):
+        with autocast(omni.model, config.train_towers):
             batch = data.encode(omni, clips, items[part], prompt_ids[part])
+        with autocast(omni.model):
             rows = data.embed(omni.model, batch)
             part_loss = sft_loss(omni.model, rows, answers[part], num_tokens)
         part_loss.backward()

@@ -149,7 +149,6 @@ def measure_one(bench, measure):
         result |= {"target": measure.target, "stretch": measure.stretch}
         result["met"] = met(bench, measure, result)
     gc.collect()
-    torch._dynamo.reset()
     if bench.on_gpu:
         torch.cuda.empty_cache()
     return result | {"took": round(time.perf_counter() - start, 1)}

@@ -56,7 +56,7 @@ def check_sampling(bench, B, C):
 
     Our samples' log-probabilities are compared under both models; in float32 greedy tokens too."""
     G, other, prompts = bench.flags.group, bench.other.policy, bench.prompts(B)
-    sampler = bench.sampler(B, G, Decoding(min(C, 64)), compiled=False)
+    sampler = bench.eager_sampler(B, G, Decoding(min(C, 64)))
     ids, logps = sampler(prompts, seed=0)
     with torch.no_grad():
         theirs = [other.logps(p.expand(G, -1, -1), group) for p, group in zip(prompts, ids)]

@@ -59,8 +59,7 @@ def compiled_step(bench):
     bench.needs_gpu()
     B, G, decoding = bench.flags.prompts, bench.flags.group, Decoding(bench.flags.new_tokens)
     prompts = bench.prompts(B)
-    compiled = bench.sampler(B, G, decoding, compiled=True)
-    eager = bench.sampler(B, G, decoding, compiled=False)
+    compiled, eager = bench.sampler(B, G, decoding), bench.eager_sampler(B, G, decoding)
     times = bench.medians(lambda: compiled(prompts, seed=0), lambda: eager(prompts, seed=0))
     return row(*times, "s", f"{B * G} rows")
 

@@ -19,8 +19,9 @@ from bench.rows import NotHere, Unequal
 from bench.sizes import SHAPES
 from generate import Sampler
 from model import AUDIO_TOKEN, VIDEO_TOKEN, HumanOmni
+from support.compiling import Replay, compile_layers
 from support.optimizer import set_trainable
-from support.precision import autocast, compute_dtype
+from support.precision import autocast, compute_dtype, prepare_gpu
 
 # Mean difference of log-probabilities up to which two arms are one model.
 LOGP_GAP = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -36,9 +37,7 @@ class Bench:
         self.on_gpu = self.device.type == "cuda"
         self.dtype = compute_dtype(self.device)
         if self.on_gpu:
-            torch.set_float32_matmul_precision("high")
-            # Several samplers, each compiled for several numbers of rows.
-            torch._dynamo.config.recompile_limit = 64
+            prepare_gpu(self.device)
 
     def needs_gpu(self):
         if not self.on_gpu:
@@ -52,7 +51,13 @@ class Bench:
             model = HumanOmni(SHAPES[self.flags.preset])
         torch.nn.init.normal_(model.embed_tokens.weight, std=0.05)
         set_trainable(model)
-        return model.eval()
+        return self.compiled(model.eval(), dynamic=True)
+
+    def compiled(self, model, dynamic):
+        """The model with its layers compiled as train_grpo.py does it: on a GPU."""
+        if self.on_gpu:
+            compile_layers(model, dynamic)
+        return model
 
     @property
     def vocab(self):
@@ -61,10 +66,13 @@ class Bench:
     @functools.cached_property
     def working(self):
         """What is sampled from: a bf16 copy on a GPU, in float32 the policy itself."""
-        return self.model.frozen_copy(self.dtype) if self.on_gpu else None
+        return self.compiled(self.frozen_copy(), dynamic=False) if self.on_gpu else None
 
     @functools.cached_property
     def reference(self):
+        return self.compiled(self.frozen_copy(), dynamic=True)
+
+    def frozen_copy(self):
         return self.model.frozen_copy(self.dtype)
 
     @functools.cached_property
@@ -112,13 +120,13 @@ class Bench:
 
     def batch(self, prompt_ids, video, audio):
         B = len(prompt_ids)
-        question = torch.arange(20, device=self.device).expand(B, -1)
+        question = torch.arange(20, device=self.device)[None]
+        (reading,) = self.model.read_question(question, torch.ones_like(question))
         return data.Batch(
             examples=[data.Example(None, "", "", "video_audio")] * B,
             prompt_ids=prompt_ids,
             prompt_lengths=[self.flags.prompt_tokens] * B,
-            question_ids=question,
-            question_mask=torch.ones_like(question),
+            question=[reading] * B,
             video=video,
             audio=audio,
         )
@@ -135,8 +143,13 @@ class Bench:
 
     def sampler(self, B, G, decoding, kind=Sampler, **options):
         """A sampler as train_grpo.py makes it: on a GPU compiled, replayed as a CUDA graph."""
-        options = {"copy": self.working, "compiled": self.on_gpu, **options}
+        replay = Replay() if self.on_gpu else None
+        options = {"copy": self.working, "replay": replay, **options}
         return kind(self.model, B, G, self.flags.prompt_tokens, decoding, **options)
+
+    def eager_sampler(self, B, G, decoding):
+        copy = self.frozen_copy() if self.on_gpu else None
+        return self.sampler(B, G, decoding, copy=copy, replay=None)
 
     # ---- comparing and timing
 

@@ -21,6 +21,7 @@ from data import QUESTION_LABEL, QUESTION_REASONING, Omni, read_manifest
 from model import HumanOmni
 from support import ranks
 from support.errors import DataError, TrainingError
+from support.precision import prepare_gpu
 from text import BertTokenizer, Tokenizer
 
 
@@ -142,9 +143,7 @@ def load(config, dtype=torch.float32):
     """config.model and the encoders' directories -> Omni on config.device."""
     device = choose_device(config.device)
     if device.startswith("cuda"):
-        torch.cuda.set_device(device)
-        # TF32: exact for products of bf16 numbers, such as the float32 head's.
-        torch.set_float32_matmul_precision("high")
+        prepare_gpu(device)
     encoders = {name: getattr(config, name) or None for name in ("siglip", "whisper", "bert")}
     model = HumanOmni.from_pretrained(config.model, **encoders, device=device, dtype=dtype)
     tokenizer, bert = Tokenizer(config.model), BertTokenizer(encoders["bert"] or config.model)

@@ -5,6 +5,15 @@ from contextlib import nullcontext
 import torch
 
 
+def prepare_gpu(device):
+    """Settings of the whole process, for a GPU."""
+    torch.cuda.set_device(device)
+    # TF32: exact for products of bf16 numbers, such as the float32 head's.
+    torch.set_float32_matmul_precision("high")
+    # cuDNN's attention makes a plan for every new length, flash has one kernel for all.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def compute_dtype(device):
     """bfloat16 where the device has it in hardware, else float32; weights that train are
     float32."""
@@ -12,8 +21,11 @@ def compute_dtype(device):
     return torch.bfloat16 if fast else torch.float32
 
 
-def autocast(model):
-    """Context for all that runs the model: arithmetic in compute_dtype over the weights as held."""
-    if compute_dtype(model.device) == torch.bfloat16:
+def autocast(model, wanted=True):
+    """Context for what runs float32 weights: arithmetic in compute_dtype.
+
+    Not for frozen encoders, which are held in compute_dtype themselves and would only have their
+    layer norms widened."""
+    if wanted and compute_dtype(model.device) == torch.bfloat16:
         return torch.autocast("cuda", torch.bfloat16)
     return nullcontext()

@@ -20,7 +20,7 @@ def mean_gap(a, b, mask):
     out.
 
     NaN if none is left."""
-    gaps = (a - b)[mask].abs()
+    gaps = (a - b).cpu()[mask].abs()
     known = ~gaps.isnan()
     sums = {"gap": gaps[known].sum().item(), "tokens": int(known.sum())}
     sums = sum_over_ranks(sums)
@@ -46,7 +46,7 @@ def check_first_update(rollout, dtype):
 
 def evidence(update, rollout, loss):
     """What an optimizer step of this rollout rests on."""
-    logps = rollout.sampled_logps[rollout.mask]
+    logps = rollout.sampled_logps.cpu()[rollout.mask]
     return Evidence(
         number=update,
         must_be_finite={"sampled log-probabilities": logps, "loss": loss},
@@ -65,7 +65,7 @@ def log_line(update, rollout, step_metrics):
     step_metrics: of each of the rollout's optimizer steps; they are averaged."""
     rewards, lengths = rollout.rewards, rollout.mask.sum(-1)  # (B, G) each
     reward = sum(rewards.values())
-    mean_logps = (rollout.sampled_logps * rollout.mask).sum(-1) / lengths
+    mean_logps = (rollout.sampled_logps.cpu() * rollout.mask).sum(-1) / lengths
     per_completion = {"reward": reward}
     per_completion |= {f"reward_{name}": values for name, values in rewards.items()}
     per_completion |= {

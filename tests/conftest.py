@@ -41,12 +41,12 @@ def prompts(model, expected):
     """(2, P, D): the two golden prompts, embedded."""
     with torch.no_grad():
         features = model.encode(expected["pixel_values"], expected["input_features"])
+        question = expected["bert_input_ids"], expected["bert_attention_mask"]
         return torch.stack(
             model.embed_prompts(
                 expected["prompt_ids"].tolist(),
                 *features,
-                expected["bert_input_ids"],
-                expected["bert_attention_mask"],
+                model.read_question(*question),
             )
         )
 

@@ -5,6 +5,7 @@ import torch
 
 from generate import Decoding, Sampler, draw, generate, sample
 from grpo import completion_logps, completion_mask
+from support.compiling import compile_layers
 
 
 @torch.no_grad()
@@ -205,7 +206,7 @@ def test_compaction_changes_no_row(model, prompts):
 
     counting._decode = ending
     ids, logps = counting(list(prompts))
-    assert set(halvings) >= {8, 4, 2, 1}
+    assert halvings == [4, 2, 1]
     reference = generate(model, prompts, max_new_tokens=40, temperature=0)[:, 0]  # without any end
     reference = reference.repeat_interleave(8, 0)
     for row, end, expected in zip(ids.flatten(0, 1), ends, reference):
@@ -265,12 +266,14 @@ def test_a_bf16_copy_samples_almost_the_same_distribution(model, prompts):
 
 @pytest.mark.slow
 def test_compiled_equals_eager_and_nothing_recompiles(model, prompts):
-    """The decode step compiled for each number of rows; then other lengths, prompts, seeds: all of
+    """The layers compiled for each number of rows; then other lengths, prompts, seeds: all of
     it compiled already."""
     eos, P = 7, prompts.shape[1]
     decoding = Decoding(24, eos_token_id=eos)
     eager = Sampler(model, 2, 4, P, decoding)
-    compiled = Sampler(model, 2, 4, P, decoding, compiled=True)
+    copy = model.frozen_copy(torch.float32)
+    compile_layers(copy, dynamic=False)
+    compiled = Sampler(model, 2, 4, P, decoding, copy=copy)
     compiled.warm_up()
     torch.compiler.set_stance("fail_on_recompile")
     try:

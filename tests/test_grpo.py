@@ -246,9 +246,8 @@ def test_a_step_equals_the_originals(model, grpo_expected):
     e = grpo_expected
     set_trainable(model)
     video, audio = model.encode(e["pixel_values"], e["input_features"])
-    (prompt,) = model.embed_prompts(
-        e["prompt_ids"].tolist(), video, audio, e["bert_input_ids"], e["bert_attention_mask"]
-    )
+    question = model.read_question(e["bert_input_ids"], e["bert_attention_mask"])
+    (prompt,) = model.embed_prompts(e["prompt_ids"].tolist(), video, audio, question)
     logps = completion_logps(model, prompt, e["completion_ids"])
     mask = completion_mask(e["completion_ids"], 317)
     assert mask.sum(1).tolist() == [12, 5, 8, 1]

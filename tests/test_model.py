@@ -1,10 +1,13 @@
 """The model against the numbers of the original, and against itself by another route."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import relative_error
 
 from checkpoint import published_name
+from data import read_questions
 from model import HumanOmni, attend
 
 EXACT = 1e-5  # largest relative error against the golden numbers, float32
@@ -19,7 +22,7 @@ def test_every_stage_equals_the_original(model, expected):
     mask = expected["bert_attention_mask"]
     assert (
         relative_error(
-            model.bert_model(expected["bert_input_ids"], mask)[:, 0], expected["bert_cls"]
+            model.read_question(expected["bert_input_ids"], mask), expected["bert_cls"]
         )
         <= EXACT
     )
@@ -101,7 +104,15 @@ def assert_same_gradients(ours, theirs, tolerance):
 
 
 @pytest.fixture
-def mixed(model, expected):
+def asked(expected):
+    """BERT ids and masks of six prompts' questions, of which three are distinct."""
+    questions, masks = expected["bert_input_ids"], expected["bert_attention_mask"]
+    questions = torch.cat([questions, questions.roll(1, dims=1)])[[0, 1, 0, 1, 2, 0]]
+    return questions, masks[[0, 1, 0, 1, 0, 0]]
+
+
+@pytest.fixture
+def mixed(model, expected, asked):
     """Arguments of embed_prompts for six prompts, with both media, one or none; three questions."""
     torch.manual_seed(0)
     for encoder in (model.vision_tower, model.audio_tower, model.bert_model):
@@ -110,25 +121,22 @@ def mixed(model, expected):
     both, other = expected["prompt_ids"].tolist()
     silent, blind = [i for i in both if i != -202], [i for i in other if i != -201]
     ids = [both, silent, blind, [5, 6, 7], other, both]
-    questions, masks = expected["bert_input_ids"], expected["bert_attention_mask"]
-    questions = torch.cat([questions, questions.roll(1, dims=1)])[[0, 1, 0, 1, 2, 0]]
     return (
         ids,
         [video[0], video[1], None, None, video[1], video[1]],
         [audio[0], None, audio[1], None, audio[0], audio[1]],
-        questions,
-        masks[[0, 1, 0, 1, 0, 0]],
+        model.read_question(*asked),
     )
 
 
 def test_a_batch_may_mix_modalities(model, mixed):
     """Prompts with both media, one or none, embedded together, equal the same one at a time."""
-    ids, video, audio, questions, masks = mixed
+    ids, video, audio, question = mixed
     together = model.embed_prompts(*mixed)
     alone = []
     for b in range(6):
         media = [None if m[b] is None else m[b][None] for m in (video, audio)]
-        alone += model.embed_prompts([ids[b]], *media, questions[b : b + 1], masks[b : b + 1])
+        alone += model.embed_prompts([ids[b]], *media, question[b : b + 1])
     # 16 video and 50 audio tokens stand where a placeholder stood
     media_tokens = [64, 15, 49, 0, 64, 64]
     for prompt, one, own_ids, more in zip(together, alone, ids, media_tokens):
@@ -146,7 +154,7 @@ def test_a_batch_may_mix_modalities(model, mixed):
 
 def test_stacked_features_and_a_list_of_them_are_the_same(model, expected):
     video, audio = model.encode(expected["pixel_values"], expected["input_features"])
-    question = expected["bert_input_ids"], expected["bert_attention_mask"]
+    question = model.read_question(expected["bert_input_ids"], expected["bert_attention_mask"])
     ids = expected["prompt_ids"].tolist()
     text = [[i for i in row if i >= 0] for row in ids]
     for rows, stacked, listed in [
@@ -154,31 +162,38 @@ def test_stacked_features_and_a_list_of_them_are_the_same(model, expected):
         (text, (None, None), ([None, None], [None, None])),
     ]:
         for one, other in zip(
-            model.embed_prompts(rows, *stacked, *question),
-            model.embed_prompts(rows, *listed, *question),
+            model.embed_prompts(rows, *stacked, question),
+            model.embed_prompts(rows, *listed, list(question)),
         ):
             assert torch.equal(one, other)
 
 
-def test_bert_and_gate_run_once_per_distinct_question(model, mixed):
+def test_bert_runs_once_per_distinct_question(model, asked):
     rows = []
-    for module in (model.bert_model, model.bert_gate):
-        module.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
-    model.embed_prompts(*mixed)
-    assert rows == [3, 3]  # four prompts with video ask three questions
+    model.bert_model.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    texts = ["a", "b", "a", "b", "c", "a"]  # as `asked` repeats them
+
+    def bert(questions):
+        which = [texts.index(question) for question in questions]
+        return [x[which] for x in asked]
+
+    readings = read_questions(SimpleNamespace(model=model, bert=bert), texts)
+    assert rows == [3]
+    assert relative_error(torch.stack(readings), model.read_question(*asked)) <= 1e-6
 
 
-def test_one_pass_per_distinct_question_changes_no_gradient(model, mixed, monkeypatch):
-    """Against a pass for every prompt, in float64: float32 rounds gradients by more than 1e-6."""
+def test_readings_of_questions_change_no_gradient(model, mixed, asked, monkeypatch):
+    """Against BERT and gate run for every prompt, in float64: float32 rounds gradients by more
+    than 1e-6."""
     model.double()
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    ids, video, audio, questions, masks = mixed
+    ids, video, audio, _ = mixed
     video, audio = ([None if x is None else x.double() for x in m] for m in (video, audio))
     seen = [0, 1, 4, 5]
     weights = torch.randn(4, 16, 48)
     clips = torch.stack([video[b] for b in seen])
-    slow = model.video_tokens(clips, model.branch_weights(questions[seen], masks[seen]))
-    prompts = model.embed_prompts(ids, video, audio, questions, masks)
+    slow = model.video_tokens(clips, model.branch_weights(*(x[seen] for x in asked)))
+    prompts = model.embed_prompts(ids, video, audio, model.read_question(*asked))
     starts = [ids[b].index(-201) for b in seen]
     fast = torch.stack([prompts[b][start : start + 16] for b, start in zip(seen, starts)])
     assert relative_error(fast, slow) <= 1e-6
@@ -220,8 +235,8 @@ def test_the_gradient_of_many_rows_is_summed_in_float32():
     q, k, v = (torch.rand(500, 2, 1, 4).bfloat16() for _ in range(3))
     prompt = [torch.rand(1, 2, 3, 4).bfloat16().requires_grad_() for _ in range(2)]
     own = [x.detach().repeat(500, 1, 1, 1).requires_grad_() for x in prompt]
-    attend(q, k, v, tuple(prompt)).sum().backward()
-    attend(q, k, v, tuple(own)).sum().backward()
+    attend(q, k, v, tuple(prompt), torch.ones(500, 1).bfloat16()).sum().backward()
+    attend(q, k, v, tuple(own), torch.eye(500).bfloat16()).sum().backward()
     for shared, single in zip(prompt, own):
         assert relative_error(shared.grad.double(), single.grad.double().sum(0, True)) <= 2**-8
 
