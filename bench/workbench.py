@@ -37,7 +37,7 @@ class Bench:
         self.on_gpu = self.device.type == "cuda"
         self.dtype = compute_dtype(self.device)
         if self.on_gpu:
-            prepare_gpu(self.device)
+            prepare_gpu()
 
     def needs_gpu(self):
         if not self.on_gpu:

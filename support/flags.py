@@ -143,7 +143,8 @@ def load(config, dtype=torch.float32):
     """config.model and the encoders' directories -> Omni on config.device."""
     device = choose_device(config.device)
     if device.startswith("cuda"):
-        prepare_gpu(device)
+        torch.cuda.set_device(device)
+        prepare_gpu()
     encoders = {name: getattr(config, name) or None for name in ("siglip", "whisper", "bert")}
     model = HumanOmni.from_pretrained(config.model, **encoders, device=device, dtype=dtype)
     tokenizer, bert = Tokenizer(config.model), BertTokenizer(encoders["bert"] or config.model)

@@ -5,9 +5,8 @@ from contextlib import nullcontext
 import torch
 
 
-def prepare_gpu(device):
-    """Settings of the whole process, for a GPU."""
-    torch.cuda.set_device(device)
+def prepare_gpu():
+    """Settings of the whole process."""
     # TF32: exact for products of bf16 numbers, such as the float32 head's.
     torch.set_float32_matmul_precision("high")
     # cuDNN's attention makes a plan for every new length, flash has one kernel for all.

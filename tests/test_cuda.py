@@ -18,6 +18,7 @@ from support.compiling import Replay, compile_layers
 from support.optimizer import set_trainable
 from support.precision import autocast
 from support.run import Run
+from support.updates import TOLERANCE
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -93,7 +94,7 @@ def test_compaction_through_replay_changes_no_row(model, prompts):
         return sampler(list(prompts))[0]
 
     assert torch.equal(ended_by_hand(sampler), ended_by_hand(eager))
-    assert set(rows) == {16, 4, 2} or set(rows) == {16, 8, 4, 2}
+    assert set(rows) == {16, 8, 4}  # it is asked every 16 steps whether half the rows are done
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float32, 1e-4)])
@@ -127,7 +128,7 @@ def test_rollout_and_scoring_are_one_model_in_bf16(model, prompts):
         ids, sampled = sampler(list(prompts), seed=0)
         scored = completion_logps(model, prompts, ids)
     assert sampled.dtype == scored.dtype == torch.float32
-    assert (sampled - scored).abs().mean() < 0.02
+    assert (sampled - scored).abs().mean() < TOLERANCE[torch.bfloat16] / 4
 
 
 def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
