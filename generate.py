@@ -53,13 +53,24 @@ class LayerCache:
 
     def __init__(self, like, B, G, P, C, step, blocked_keys):
         """like (1, kv_heads, L, hd): any keys, for their shape and type. step (1,) and blocked_keys
-        (R, 1, 1, P + C) are the sampler's: which step this is, and what no row may see."""
+        (R, P + C) are the sampler's: which step this is, and what no row may see."""
         _, kv_heads, _, hd = like.shape
         self.prompt_keys = like.new_zeros(B, kv_heads, P, hd)
         self.prompt_values = like.new_zeros(B, kv_heads, P, hd)
-        self.keys = like.new_zeros(B * G, kv_heads, C, hd)
-        self.values = like.new_zeros(B * G, kv_heads, C, hd)
+        # A line for each prompt, key head and completion, in this order.
+        self.keys = like.new_zeros(B * kv_heads * G, C, hd)
+        self.values = like.new_zeros(B * kv_heads * G, C, hd)
         self.step, self.blocked_keys = step, blocked_keys
+
+    def write(self, k, v):
+        """Keep a new token's keys and values: each (lines, hd). After compaction there is room for
+        more lines than there are.
+
+        Indexing the whole buffer is what a compiler writes in place; of a slice it would copy all
+        lines out and back."""
+        lines = torch.arange(len(k), device=k.device)
+        self.keys[lines, self.step] = k
+        self.values[lines, self.step] = v
 
     def attend(self, q, k, v):
         """One new token per row: q (R, heads, 1, hd); k, v (R, kv_heads, 1, hd) -> as q.
@@ -68,28 +79,31 @@ class LayerCache:
         a key head, are folded into one axis: the prompt's keys are read once, not G times."""
         R, heads, _, hd = q.shape
         B, kv_heads, P, _ = self.prompt_keys.shape
-        G, shared = R // B, heads // kv_heads
-        # After compaction there is room for more rows than there are. Indexing the whole buffer is
-        # what the compiler writes in place; of self.keys[:R] it would copy all rows out and back.
-        places = torch.arange(R, device=k.device)
-        self.keys[places, :, self.step] = k[:, :, 0]
-        self.values[places, :, self.step] = v[:, :, 0]
-        keys, values = self.keys[:R], self.values[:R]
+        G = R // B
 
-        def by_prompt(x):  # (R, kv_heads, shared, n) -> (B, kv_heads, G*shared, n)
-            return x.unflatten(0, (B, G)).transpose(1, 2).flatten(2, 3)
+        def by_prompt(x):  # -> (B, kv_heads, G, heads that share a key head, hd)
+            return x.view(B, G, kv_heads, -1, hd).transpose(1, 2)
 
-        def by_row(x):  # and back
-            return x.unflatten(2, (G, shared)).transpose(1, 2).flatten(0, 1)
-
-        q = q.view(R, kv_heads, shared, hd) * hd**-0.5
-        to_prompt = by_row(by_prompt(q) @ self.prompt_keys.mT)  # (R, kv_heads, shared, P)
-        to_own = q @ keys.mT  # (R, kv_heads, shared, C)
-        scores = torch.cat([to_prompt, to_own], dim=-1).float()
-        weights = scores.masked_fill(self.blocked_keys[:R], -torch.inf).softmax(-1).to(q.dtype)
+        self.write(by_prompt(k).flatten(0, 3), by_prompt(v).flatten(0, 3))
+        keys = self.keys[: R * kv_heads].unflatten(0, (B, kv_heads, G))
+        values = self.values[: R * kv_heads].unflatten(0, (B, kv_heads, G))
+        q = by_prompt(q) * hd**-0.5
+        to_prompt = q.flatten(2, 3) @ self.prompt_keys.mT  # (B, kv_heads, G*shared, P)
+        to_own = q @ keys.mT  # (B, kv_heads, G, shared, C)
+        scores = torch.cat([to_prompt.unflatten(2, (G, -1)), to_own], dim=-1).float()
+        blocked = self.blocked_keys[:R].view(B, 1, G, 1, -1)
+        weights = scores.masked_fill(blocked, -torch.inf).softmax(-1).to(q.dtype)
         on_prompt, on_own = weights.tensor_split([P], dim=-1)
-        attended = by_row(by_prompt(on_prompt) @ self.prompt_values) + on_own @ values
-        return attended.reshape(R, heads, 1, hd)
+        attended = (on_prompt.flatten(2, 3) @ self.prompt_values).view_as(q) + on_own @ values
+        return attended.transpose(1, 2).reshape(R, heads, 1, hd)
+
+    def compact(self, places, G):
+        """Keep of each prompt's G completions those at places (B, half), in this order."""
+        B, kv_heads, _, _ = self.prompt_keys.shape
+        first = torch.arange(B * kv_heads, device=places.device).view(B, kv_heads, 1) * G
+        lines = (first + places[:, None]).flatten()  # (B*kv_heads*half,)
+        self.keys[: len(lines)] = self.keys[lines]
+        self.values[: len(lines)] = self.values[lines]
 
 
 def pick(weights, generator):
@@ -163,7 +177,7 @@ class Sampler:
         self.ids = zeros(R, self.C)
         self.logps = zeros(R, self.C, dtype=torch.float32)
         # Keys no row may see: padding between a prompt's end and P; own positions not yet written.
-        self.blocked_keys = zeros(R, 1, 1, self.P + self.C, dtype=torch.bool)
+        self.blocked_keys = zeros(R, self.P + self.C, dtype=torch.bool)
         # One token, for the shapes and types of what the model gives; not worth compiling.
         with torch.compiler.set_stance("force_eager"):
             hidden, kv = self.model(zeros(1, 1, weight.shape[1], dtype=self.dtype), return_kv=True)
@@ -205,7 +219,7 @@ class Sampler:
         row = self.row[:R]
         self.ids[row, self.step] = token
         self.logps[row, self.step] = logp
-        self.blocked_keys.index_fill_(3, self.P + self.step, False)
+        self.blocked_keys.index_fill_(1, self.P + self.step, False)
         embeds = self.model.embed_tokens(token[:, None])  # (R, 1, D)
         positions = (self.prompt_lengths[:R] + self.step)[:, None]  # (R, 1)
         hidden = self.model(embeds, past=self.cache, positions=positions)
@@ -225,14 +239,12 @@ class Sampler:
         half = G // 2
         unfinished = ~self.done[: self.B * G].view(self.B, G)
         unfinished_first = unfinished.int().argsort(dim=1, descending=True, stable=True)
-        first_place = torch.arange(self.B, device=self.device)[:, None] * G
-        places = (unfinished_first[:, :half] + first_place).flatten()  # (B*half,)
-        R = self.B * half
+        places = unfinished_first[:, :half]  # (B, half), within each prompt's G
+        rows = (torch.arange(self.B, device=self.device)[:, None] * G + places).flatten()
         for buffer in (self.row, self.done, self.prompt_lengths, self.logits, self.blocked_keys):
-            buffer[:R] = buffer[places]
+            buffer[: len(rows)] = buffer[rows]
         for layer in self.cache:
-            layer.keys[:R] = layer.keys[places]
-            layer.values[:R] = layer.values[places]
+            layer.compact(places, G)
         return half
 
     def _prefill(self, prompts):
@@ -258,7 +270,7 @@ class Sampler:
         self.done.copy_(self.row >= given * G)
         padding = torch.arange(self.P, device=device) >= self.prompt_lengths[:, None]  # (R, P)
         self.blocked_keys.fill_(True)
-        self.blocked_keys[:, 0, 0, : self.P] = padding
+        self.blocked_keys[:, : self.P] = padding
         self.step.zero_()
         self.ids.fill_(0 if self.eos is None else self.eos[0])
 

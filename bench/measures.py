@@ -107,7 +107,7 @@ def bandwidth(bench, rows):
     step, copying = bench.medians(decode, lambda: target.copy_(source))
     llm = [sampler.model.embed_tokens, sampler.model.layers, sampler.model.norm]
     weights = sum(p.nbytes for module in llm for p in module.parameters())
-    kv = sum(2 * layer.keys[0, :, 0].nbytes for layer in sampler.cache)  # per token
+    kv = sum(2 * layer.prompt_keys[0, :, 0].nbytes for layer in sampler.cache)  # per token
     rate = steps * (weights + kv * (B * P + rows * C // 2)) / step
     copy_rate = 2 * source.nbytes / copying
     note = f"{rows} rows; {1e3 * step / steps:.3f} ms per step; other: copy"

@@ -28,15 +28,19 @@ def compiler_works(device):
         return False
 
 
+# Of a decode step: its softmax over some 1 500 keys in one kernel, not in five.
+DECODING = {"split_reductions": False}
+
+
 def compile_layers(model, dynamic):
     """Compile the decoder layers in place: one compilation serves all of them.
 
-    dynamic: for any shape; else once for each"""
+    dynamic: for any shape, to score; else anew for every shape, to decode"""
     # Shapes of the decode step: one for every halving of the group, in each of a run's samplers.
     # Beyond its limit torch would run them uncompiled, and not say so.
     torch._dynamo.config.recompile_limit = 64
     for layer in model.layers:
-        layer.compile(dynamic=dynamic)
+        layer.compile(dynamic=dynamic, options=None if dynamic else DECODING)
 
 
 class Replay:
