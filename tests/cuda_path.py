@@ -52,9 +52,12 @@ class ImaginaryGPU(FakeTensorMode):
     def __init__(self):
         super().__init__(allow_non_fake_inputs=True)
         self.kernels, self.waits, self.products = 0, Counter(), Counter()
+        self.inside = False  # an operation, whose parts are not counted
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self.inside:
+            return super().__torch_dispatch__(func, types, args, kwargs)
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         to, name = kwargs.get("device"), func._schema.name.split("::")[1]
         to_gpu = to is not None and torch.device(to).type == "cuda"
@@ -73,7 +76,11 @@ class ImaginaryGPU(FakeTensorMode):
         self.kernels += name not in VIEWS
         if name in ("mm", "bmm", "addmm", "baddbmm"):
             self.products[str(inputs[-1].dtype)] += 1
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        self.inside = True
+        try:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        finally:
+            self.inside = False
 
     def counts(self):
         """Since the last call."""
