@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 from data import QUESTION_REASONING, Example, batches, clips_of, completion_text, embed, encode
-from generate import generate
+from generate import Decoding, generate
 from grpo import completion_mask
 from model import HumanOmni
 from rewards import extract_answer, format_reward
@@ -41,6 +41,7 @@ from support.errors import DataError, naming, write_json
 from support.flags import Common, as_asked, flag, load, parse_flags, read_examples, run_script
 from support.precision import autocast
 from support.ranks import RANK, WORLD, gather_from_ranks, on_first_rank, rank_file
+from support.sampler import sampler_of
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Settings:
     seed: int = 0
     batch_size: int = 32  # clips at a time
     workers: int = 0  # processes that decode ahead
+    compile: bool = True  # on a GPU
     check: object = None  # function(row) -> {name: bool}, or None
 
 
@@ -82,10 +84,11 @@ def evaluate(omni, clips, settings, title="evaluate", log=None, skip_log=None):
     )
     own = order[RANK::WORLD]
     with progress:
+        draw = drawing(omni, clips.examples, settings) if own else None
         for items in batches(clips, own, settings.batch_size, settings.workers, skip_log):
             if not items:  # all of them bad
                 continue
-            new = complete(omni, clips, items, settings)
+            new = complete(omni, clips, items, settings, draw)
             rows += new
             if log:
                 append_rows(rank_file(log), new)
@@ -93,20 +96,23 @@ def evaluate(omni, clips, settings, title="evaluate", log=None, skip_log=None):
     return sorted(gather_from_ranks(rows), key=lambda row: row["index"])
 
 
-def complete(omni, clips, items, settings):
+def drawing(omni, examples, settings):
+    """-> function(prompts, seed) -> ids (B, G, C): on a GPU one sampler for all batches, compiled;
+    elsewhere there would be nothing to keep."""
+    B, G, eos = settings.batch_size, settings.samples, omni.tokenizer.eos_token_ids
+    how = (settings.max_new_tokens, settings.temperature, settings.top_p, eos)
+    if omni.model.device.type != "cuda":
+        return lambda prompts, seed: generate(omni.model, prompts, G, *how, seed)
+    sampler = sampler_of(omni, examples, B, G, Decoding(*how), settings.compile)
+    return lambda prompts, seed: sampler(prompts, seed)[0]
+
+
+def complete(omni, clips, items, settings, draw):
     """Items of `data.batches` -> rows, `samples` per item."""
     batch = encode(omni, clips, items)
     with autocast(omni.model):
-        ids = generate(
-            omni.model,
-            embed(omni.model, batch),
-            settings.samples,
-            settings.max_new_tokens,
-            settings.temperature,
-            settings.top_p,
-            omni.tokenizer.eos_token_ids,
-            settings.seed + items[0]["index"],
-        ).cpu()  # (B, G, C)
+        prompts = embed(omni.model, batch)
+        ids = draw(prompts, settings.seed + items[0]["index"]).cpu()  # (B, G, C)
     lengths = completion_mask(ids, omni.tokenizer.eos_token_ids).sum(-1)  # (B, G)
     rows = []
     for b, (item, example) in enumerate(zip(items, batch.examples)):
@@ -314,6 +320,7 @@ class RunEvaluation:
         self.settings = Settings(
             max_new_tokens=config.max_new_tokens,
             workers=config.workers,
+            compile=config.compile,
             check=find_function("--check", config.check) if config.check else None,
         )
         names = unique_names(config.test)
@@ -401,6 +408,7 @@ class Config(Common):
     samples: int = flag(1, "completions per clip, with a temperature", least=1, most=4096)
     max_new_tokens: int = flag(512, "longest completion", least=1, most=32768)
     batch_size: int = flag(16, "clips at a time", least=1, most=4096)
+    compile: bool = flag(True, "on a GPU: compile the layers, replay sampling as a CUDA graph")
     aliases: bool = flag(False, "also score with anger = angry, fearful = fear, ...")
     check: str = flag("", "module:function that says more about each completion (see above)")
     modality_report: bool = flag(
@@ -413,13 +421,13 @@ class Config(Common):
 # What may differ when an evaluation goes on: where and how, not what.
 RESUME_WITH = (
     *("data", "clip", "table", "published", "out", "workers", "device", "on_bad_clip"),
-    *("aliases", "modality_report", "batch_size"),
+    *("aliases", "modality_report", "batch_size", "compile"),
 )
 
 
 def settings_of(config):
     check = find_function("--check", config.check) if config.check else None
-    names = "max_new_tokens temperature top_p samples seed batch_size workers".split()
+    names = "max_new_tokens temperature top_p samples seed batch_size workers compile".split()
     return Settings(**{name: getattr(config, name) for name in names}, check=check)
 
 
@@ -537,7 +545,7 @@ def main(argv=None):
     tasks = tasks_of(config)
     for name, (manifest, _) in tasks.items():
         check_result(Path(config.out) / f"{name}.json", manifest)
-    omni = load(config)
+    omni = load(config, dtype=None)
     if config.clip:
         answer_clip(omni, config)
         return

@@ -167,24 +167,21 @@ class Sampler:
             self.eos = torch.tensor(decoding.eos_token_id, device=self.device).reshape(-1)
 
         # Everything a step reads and writes, at an address that stays.
-        def zeros(*shape, dtype=torch.long):
-            return torch.zeros(*shape, dtype=dtype, device=self.device)
-
-        self.step = zeros(1)
-        self.row = zeros(R)  # which of the R completions each place works on
-        self.done = zeros(R, dtype=torch.bool)
-        self.prompt_lengths = zeros(R)  # P of each row's prompt
-        self.ids = zeros(R, self.C)
-        self.logps = zeros(R, self.C, dtype=torch.float32)
-        # Keys no row may see: padding between a prompt's end and P; own positions not yet written.
-        self.blocked_keys = zeros(R, self.P + self.C, dtype=torch.bool)
+        with self.device:
+            self.step = torch.zeros(1, dtype=torch.long)
+            self.row = torch.zeros(R, dtype=torch.long)  # the completion that each place works on
+            self.done = torch.zeros(R, dtype=torch.bool)
+            self.prompt_lengths = torch.zeros(R, dtype=torch.long)  # P of each row's prompt
+            self.ids = torch.zeros(R, self.C, dtype=torch.long)
+            self.logps = torch.zeros(R, self.C)
+            # What no row may see: between a prompt's end and P, and own positions not yet written.
+            self.blocked_keys = torch.zeros(R, self.P + self.C, dtype=torch.bool)
         # One token, for the shapes and types of what the model gives; not worth compiling.
         with torch.compiler.set_stance("force_eager"):
-            hidden, kv = self.model(zeros(1, 1, weight.shape[1], dtype=self.dtype), return_kv=True)
+            hidden, kv = self.model(weight[None, :1], return_kv=True)
         self.logits = self.model.logits(hidden[0]).repeat(R, 1)  # (R, V), of the next token
-        self.cache = [
-            LayerCache(k, B, G, self.P, self.C, self.step, self.blocked_keys) for k, _ in kv
-        ]
+        state = (self.step, self.blocked_keys)
+        self.cache = [LayerCache(k, B, G, self.P, self.C, *state) for k, _ in kv]
         self.replay = replay
 
     @torch.no_grad()
@@ -198,8 +195,8 @@ class Sampler:
 
     @torch.no_grad()
     def warm_up(self):
-        """Take every number of rows once that compaction can lead to."""
-        self._prefill([torch.zeros(self.P, self.model.embed_tokens.embedding_dim)])
+        """Run a step at every number of rows that compaction can lead to: once, before it counts."""
+        self._prefill([self.model.embed_tokens.weight[: self.P]])
         G = self.G
         while G >= 1:
             self.step.zero_()
@@ -249,28 +246,25 @@ class Sampler:
 
     def _prefill(self, prompts):
         """Read all prompts, and set every buffer to where the first token is drawn."""
-        B, G, device = self.B, self.G, self.device
-        given = len(prompts)
-        lengths = torch.tensor([len(p) for p in prompts] + [1] * (B - given), device=device)
+        B, G, P, given = self.B, self.G, self.P, len(prompts)
+        prompts = prompts + prompts[:1] * (B - given)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         # Always of one shape, so that nothing is compiled again; prompts are padded on the right,
         # where causal attention does not look.
-        padded = torch.zeros(B, self.P, prompts[0].shape[1], dtype=self.dtype, device=device)
-        for row, prompt in zip(padded, prompts):
-            row[: len(prompt)] = prompt
-        hidden, kv = self.model(padded, return_kv=True)
+        padded = torch.stack([F.pad(prompt, (0, 0, 0, P - len(prompt))) for prompt in prompts])
+        hidden, kv = self.model(padded.to(self.dtype), return_kv=True)
         for layer, (k, v) in zip(self.cache, kv):
             layer.prompt_keys.copy_(k)
             layer.prompt_values.copy_(v)
-        last = hidden[torch.arange(given, device=device), lengths[:given] - 1]  # (given, D)
+        last = hidden[torch.arange(B, device=self.device), lengths - 1]  # (B, D)
 
         # Rows 0..G-1 are prompt 0's, the next G prompt 1's, ... Places without a prompt are done.
-        self.logits[: given * G] = self.model.logits(last).repeat_interleave(G, 0)
+        self.logits.copy_(self.model.logits(last).repeat_interleave(G, 0))
         self.prompt_lengths.copy_(lengths.repeat_interleave(G))
-        self.row.copy_(torch.arange(B * G, device=device))
+        self.row.copy_(torch.arange(B * G))
         self.done.copy_(self.row >= given * G)
-        padding = torch.arange(self.P, device=device) >= self.prompt_lengths[:, None]  # (R, P)
         self.blocked_keys.fill_(True)
-        self.blocked_keys[:, : self.P] = padding
+        self.blocked_keys[:, :P] = torch.arange(P, device=self.device) >= self.prompt_lengths[:, None]
         self.step.zero_()
         self.ids.fill_(0 if self.eos is None else self.eos[0])
 
@@ -306,9 +300,8 @@ class Sampler:
 
 def sample(model, prompts, num_samples, decoding, seed=None):
     """As `generate`, with a Decoding -> ids and their log-probabilities, (B, G, C) each."""
-    prompts = list(prompts)
-    longest = max(map(len, prompts))
-    return Sampler(model, len(prompts), num_samples, longest, decoding)(prompts, seed)
+    sampler = Sampler(model, len(prompts), num_samples, max(map(len, prompts)), decoding)
+    return sampler(prompts, seed)
 
 
 def generate(

@@ -48,7 +48,7 @@ from support.updates import SHOWN, check_first_update, evidence, log_line, show_
 # The total reward is the sum of these (paper, eq. 5), and of those that --reward adds.
 REWARDS = {"accuracy": accuracy_reward, "format": lambda text, label: format_reward(text)}
 
-TOY_UPDATES = 66
+TOY_UPDATES = 75
 # Where the paper differs from the toy. Its 16 prompts x 8 completions and its clips are defaults.
 PAPER = {"epochs": 2.0, "max_new_tokens": 512, "lr": 1e-6, "beta": 0.04, "updates_per_rollout": 1}
 PAPER |= {"micro_batch": 1, "save_every": 100}

@@ -21,7 +21,7 @@ from data import QUESTION_LABEL, QUESTION_REASONING, Omni, read_manifest
 from model import HumanOmni
 from support import ranks
 from support.errors import DataError, TrainingError
-from support.precision import prepare_gpu
+from support.precision import compute_dtype, prepare_gpu
 from text import BertTokenizer, Tokenizer
 
 
@@ -113,7 +113,13 @@ class Common:
         "skip: list clips that cannot be decoded in a file skipped.txt and go on, up to 5 %",
         choices=("stop", "skip"),
     )
-    workers: int = flag(1, "processes that decode clips ahead; 0: none", least=0, most=128)
+    workers: int = flag(
+        max(1, min(8, (os.cpu_count() or 1) // 2)),
+        "processes that decode clips ahead; by default half as many as there are processors, 8 at "
+        "most; 0: none",
+        least=0,
+        most=128,
+    )
     seed: int = flag(0, "of everything random", least=0, most=2**31)
     device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one")
 
@@ -140,8 +146,11 @@ def choose_device(name):
 
 
 def load(config, dtype=torch.float32):
-    """config.model and the encoders' directories -> Omni on config.device."""
+    """config.model and the encoders' directories -> Omni on config.device.
+
+    dtype: of the weights; None: that of the arithmetic, which is enough where nothing trains."""
     device = choose_device(config.device)
+    dtype = dtype or compute_dtype(torch.device(device))
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
         prepare_gpu()

@@ -52,16 +52,30 @@ class Optimizer:
             parameters.values(), lr=config.lr, weight_decay=0.0, fused=True
         )
         self.device = next(iter(parameters.values())).device
-        self.parked_on = "cpu" if config.offload_optimizer else self.device
+        self.parked = {}  # (parameter, name of a moment) -> its place in main memory
+
+    def _moments(self):
+        for parameter, state in self.adamw.state.items():
+            for name in [name for name, tensor in state.items() if tensor.dim()]:
+                yield parameter, name, state
 
     def park_moments(self):
         """Between steps AdamW's moments are where --offload-optimizer wants them."""
-        self._move_moments(self.parked_on)
+        if not self.config.offload_optimizer:
+            return
+        on_gpu = self.device.type == "cuda"
+        for parameter, name, state in self._moments():
+            if (parameter, name) not in self.parked:  # pinned: a GPU reads and writes it itself
+                place = torch.empty_like(state[name], device="cpu", pin_memory=on_gpu)
+                self.parked[parameter, name] = place
+            self.parked[parameter, name].copy_(state[name], non_blocking=True)
+            state[name] = self.parked[parameter, name]
+        if on_gpu:
+            torch.cuda.synchronize()  # what is in main memory now may be saved
 
-    def _move_moments(self, device):
-        for state in self.adamw.state.values():
-            moments = {name: tensor for name, tensor in state.items() if tensor.dim()}
-            state.update({name: tensor.to(device) for name, tensor in moments.items()})
+    def fetch_moments(self):
+        for _, name, state in self._moments():
+            state[name] = state[name].to(self.device, non_blocking=True)
 
     @timed("optimizer")
     def step(self, lr, evidence):
@@ -81,7 +95,7 @@ class Optimizer:
         if not left_out:
             for group in self.adamw.param_groups:
                 group["lr"] = lr
-            self._move_moments(self.device)
+            self.fetch_moments()
             self.adamw.step()
             self.park_moments()
         self.adamw.zero_grad()

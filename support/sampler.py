@@ -1,6 +1,4 @@
-"""The sampler of a training run."""
-
-import torch
+"""Samplers as scripts use them: in the compute type, on a GPU compiled and replayed."""
 
 from data import longest_prompt
 from generate import Decoding, Sampler
@@ -9,25 +7,26 @@ from support.precision import autocast, compute_dtype
 from support.ranks import WORLD
 
 
-def make_sampler(omni, examples, config):
-    """A sampler for this rank's prompts of an update, with its buffers, compiled on a GPU."""
-    dtype = compute_dtype(omni.model.device)
-    # In float32 the policy itself is sampled from.
-    copy = None if dtype == torch.float32 else omni.model.frozen_copy(dtype)
-    compiled = config.compile and compiler_works(omni.model.device)
-    if compiled and copy is not None:
-        compile_layers(copy, dynamic=False)
-    sampler = Sampler(
-        omni.model,
-        config.prompts // WORLD,
-        config.group,
-        longest_prompt(omni, examples),
-        Decoding(config.max_new_tokens, eos_token_id=omni.tokenizer.eos_token_ids),
-        copy=copy,
-        replay=Replay() if compiled else None,
-    )
+def sampler_of(omni, examples, B, G, decoding, compiled):
+    """A sampler for B of the examples' prompts x G, its buffers made, on a GPU compiled."""
+    model, dtype = omni.model, compute_dtype(omni.model.device)
+    # Weights that train are float32: where arithmetic is not, a copy is sampled from.
+    copy = None if model.embed_tokens.weight.dtype == dtype else model.frozen_copy(dtype)
+    compiled = compiled and compiler_works(model.device)
     if compiled:
-        print("compiling: a minute or two, once per run")
-    with autocast(omni.model):
+        compile_layers(model if copy is None else copy, dynamic=False)
+    replay = Replay() if compiled else None
+    P = longest_prompt(omni, examples)
+    sampler = Sampler(model, B, G, P, decoding, copy=copy, replay=replay)
+    with autocast(model):
         sampler.warm_up()
     return sampler
+
+
+def make_sampler(omni, examples, config):
+    """The sampler of a training run, for this rank's prompts of an update."""
+    if config.compile and compiler_works(omni.model.device):
+        print("compiling: a minute or two, once per run")
+    decoding = Decoding(config.max_new_tokens, eos_token_id=omni.tokenizer.eos_token_ids)
+    prompts = config.prompts // WORLD
+    return sampler_of(omni, examples, prompts, config.group, decoding, config.compile)

@@ -162,27 +162,33 @@ def test_moments_in_main_memory_change_nothing(workplace, alone):
     finish_run("train_grpo", "offloaded", "--offload-optimizer")
     assert_same_run("offloaded", alone["train_grpo"])
     parameter = torch.nn.Parameter(torch.ones(3))
-    optimizer = Optimizer({"p": parameter}, train_sft.Config(), Path())
+    config = train_sft.Config(offload_optimizer=True)
+    optimizer = Optimizer({"p": parameter}, config, Path())
     parameter.grad = torch.ones(3)
     optimizer.adamw.step()
-    optimizer.parked_on = "meta"  # any device that is not the parameter's
-    optimizer.park_moments()
     (state,) = optimizer.adamw.state.values()
-    assert state["exp_avg"].device.type == state["exp_avg_sq"].device.type == "meta"
-    assert state["step"].device.type == "cpu"
+    before = {name: state[name].clone() for name in ("exp_avg", "exp_avg_sq")}
+    for _ in range(2):  # the places stay
+        optimizer.park_moments()
+        for name, moment in before.items():
+            assert state[name] is optimizer.parked[parameter, name]
+            assert state[name].equal(moment) and moment.any()
+        optimizer.fetch_moments()
+    assert len(optimizer.parked) == 2  # not of the number of steps
 
 
 def test_moments_go_to_main_memory_before_a_resumed_run_does_anything(workplace, monkeypatch):
     stopped_run()
-    places, move = [], Optimizer._move_moments
+    parked, park = [], Optimizer.park_moments
 
-    def noted(optimizer, device):
-        places.append((str(device), len(optimizer.adamw.state)))
-        move(optimizer, device)
+    def noted(optimizer):
+        park(optimizer)
+        parked.append((optimizer.parked.keys(), len(optimizer.adamw.state)))
 
-    monkeypatch.setattr(Optimizer, "_move_moments", noted)
+    monkeypatch.setattr(Optimizer, "park_moments", noted)
     run_grpo("--offload-optimizer", "--updates", "6")
-    assert places[0][0] == "cpu" and places[0][1] > 100 and len(places) > 1
+    places, states = parked[0]
+    assert states > 100 and len(places) == 2 * states and len(parked) > 1
 
 
 def test_the_reference_of_a_resumed_run_is_the_checkpoint_it_started_from(workplace, monkeypatch):
