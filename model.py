@@ -352,6 +352,7 @@ class HumanOmni(nn.Module):
         self.norm = RMSNorm(D, c["rms_norm_eps"])
         self.lm_head = None if c["tie_word_embeddings"] else nn.Linear(D, V, bias=False)
         self.gradient_checkpointing = False
+        self.compute_dtype = torch.float32  # of arithmetic over float32 weights: --dtype
 
     def frozen_copy(self, dtype):
         """A frozen copy of what trains, in `dtype`; both towers and BERT are shared, not copied."""
@@ -488,11 +489,11 @@ class HumanOmni(nn.Module):
     def logits(self, hidden):
         """(..., D) -> (..., V) in float32: a bf16 log-softmax blurs a small KL beyond use."""
         weight = (self.embed_tokens if self.lm_head is None else self.lm_head).weight
-        in_bf16 = hidden.dtype == weight.dtype == torch.bfloat16
+        in_half = hidden.dtype == weight.dtype != torch.float32  # bf16 or float16
         with torch.autocast(hidden.device.type, enabled=False):
-            if hidden.is_cuda and in_bf16 and not torch.is_grad_enabled():
+            if hidden.is_cuda and in_half and not torch.is_grad_enabled():
                 # The same numbers without a float32 copy of the head at every sampled token: the
-                # products of bf16 numbers are exact in float32, and are summed there.
+                # products of such numbers are exact in float32, and are summed there.
                 x = hidden.reshape(-1, hidden.shape[-1])
                 return torch.mm(x, weight.T, out_dtype=torch.float32).view(*hidden.shape[:-1], -1)
             return F.linear(hidden.float(), weight.float())

@@ -39,7 +39,7 @@ from support.custom import find_rewards
 from support.errors import DataError
 from support.flags import flag, load, parse_flags, read_examples, run_script
 from support.optimizer import Optimizer, set_trainable
-from support.precision import autocast, compute_dtype
+from support.precision import autocast
 from support.ranks import RANK, share_of_rank, sum_over_ranks
 from support.run import Run, TrainingFlags, input_files
 from support.sampler import make_sampler
@@ -168,7 +168,7 @@ def advantages_of(rollout, config):
 
 
 @timed("backward")
-def add_gradients(policy, rollout, config):
+def add_gradients(policy, rollout, config, backward=torch.Tensor.backward):
     """5., 6. Score under the policy, KL, loss and its gradient, a few prompts at a time.
 
     One normaliser, of the whole update on all ranks, divides every part: losses, metrics and
@@ -202,7 +202,7 @@ def add_gradients(policy, rollout, config):
             token_mean=config.token_mean,
             total=normaliser,
         )
-        loss.backward()
+        backward(loss)
         all_logps[data.places(part, logps.device)] = logps.detach()
         sums["loss"] += loss.detach()
         sums["kl"] += metrics["kl"]
@@ -215,8 +215,7 @@ def load_policy(config):
 
     A resume overwrites the policy afterwards (Run.track), and never the reference."""
     omni = load(config)
-    dtype = compute_dtype(omni.model.device)
-    reference = omni.model.frozen_copy(dtype) if config.beta else None
+    reference = omni.model.frozen_copy(omni.model.compute_dtype) if config.beta else None
     omni.model.gradient_checkpointing = config.gradient_checkpointing
     if config.compile and compiler_works(omni.model.device):
         compile_layers(omni.model, dynamic=True)
@@ -267,7 +266,7 @@ def main(argv=None):
     # of them fails, let it be before anything long.
     run = Run(config.out, config, input_files(config))
     parameters = set_trainable(policy)
-    optimizer = Optimizer(parameters, config, run.folder)
+    optimizer = Optimizer(parameters, config, run.folder, policy.compute_dtype, run.facts)
     clips, batches = training_batches(policy, examples, run)
     sampler = make_sampler(omni, examples, config)
     run.track(parameters, optimizer.adamw)  # a resumed run's weights and moments come back
@@ -296,11 +295,11 @@ def main(argv=None):
         # 5., 6. Score under the policy, KL to the reference, loss, optimizer step (eq. 2, 3).
         step_metrics = []
         for _ in range(config.updates_per_rollout):
-            metrics, logps = add_gradients(policy, rollout, config)
+            metrics, logps = add_gradients(policy, rollout, config, optimizer.backward)
             if rollout.old_logps is None:
                 rollout.old_logps = logps  # later steps of this rollout compare with its first
             if not optimizer.adamw.state:  # the policy has not moved yet
-                check_first_update(rollout, compute_dtype(policy.device))
+                check_first_update(rollout, policy.compute_dtype)
             lr = config.lr * (1 - (update - 1) / config.updates)
             metrics |= optimizer.step(lr, evidence(update, rollout, metrics["loss"]))
             step_metrics.append(metrics)

@@ -65,7 +65,7 @@ def sft_loss(model, rows, answer_ids, num_tokens):
 
 
 @timed("backward")
-def add_gradients(omni, clips, items, config):
+def add_gradients(omni, clips, items, config, backward):
     """Loss and gradient, a few examples at a time -> metrics of the whole batch, on all ranks."""
     examples = [clips.examples[item["index"]] for item in items]
     targets = [omni.tokenizer.sft_ids(e.question, e.answer, e.modality) for e in examples]
@@ -83,7 +83,7 @@ def add_gradients(omni, clips, items, config):
         with autocast(omni.model):
             rows = data.embed(omni.model, batch)
             part_loss = sft_loss(omni.model, rows, answers[part], num_tokens)
-        part_loss.backward()
+        backward(part_loss)
         loss += part_loss.item()
     return sum_over_ranks({"loss": loss})
 
@@ -110,7 +110,9 @@ def main(argv=None):
     order = data.data_order(len(examples), wanted, config.seed)
     order, own_size = share_of_rank(order, config.batch_size, "--batch-size")
     run = Run(f"{Path(config.out)}.run", config, input_files(config))
-    optimizer = Optimizer(set_trainable(omni.model, config.train_towers), config, run.folder)
+    parameters = set_trainable(omni.model, config.train_towers)
+    arithmetic = omni.model.compute_dtype
+    optimizer = Optimizer(parameters, config, run.folder, arithmetic, run.facts)
     run.track(optimizer.parameters, optimizer.adamw)
     optimizer.park_moments()
     clips = data.clips_of(omni.model, examples, config.fit, keep=not config.train_towers)
@@ -119,7 +121,7 @@ def main(argv=None):
     nothing_left = run.step == steps
 
     for step, items in run.steps(batches, steps, f"sft {Path(config.out).name}"):
-        metrics = add_gradients(omni, clips, items, config)
+        metrics = add_gradients(omni, clips, items, config, optimizer.backward)
         lr = config.lr * cosine(step - 1, steps)
         examples_now = [clips.examples[item["index"]] for item in items]
         story = {"step": step, "examples": examples_now}

@@ -50,6 +50,7 @@ class Bench:
         with self.device:
             model = HumanOmni(SHAPES[self.flags.preset])
         torch.nn.init.normal_(model.embed_tokens.weight, std=0.05)
+        model.compute_dtype = self.dtype
         set_trainable(model)
         return self.compiled(model.eval(), dynamic=True)
 

@@ -21,7 +21,7 @@ from data import QUESTION_LABEL, QUESTION_REASONING, Omni, read_manifest
 from model import HumanOmni
 from support import ranks
 from support.errors import DataError, TrainingError
-from support.precision import compute_dtype, prepare_gpu
+from support.precision import DTYPES, compute_dtype, prepare_gpu
 from text import BertTokenizer, Tokenizer
 
 
@@ -122,6 +122,12 @@ class Common:
     )
     seed: int = flag(0, "of everything random", least=0, most=2**31)
     device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one")
+    dtype: str = flag(
+        "auto",
+        "of arithmetic; what trains is kept in float32. auto: bfloat16 on a GPU that has it, float16 "
+        "on older ones, float32 on a CPU",
+        choices=DTYPES,
+    )
 
 
 def choose_device(name):
@@ -150,12 +156,14 @@ def load(config, dtype=torch.float32):
 
     dtype: of the weights; None: that of the arithmetic, which is enough where nothing trains."""
     device = choose_device(config.device)
-    dtype = dtype or compute_dtype(torch.device(device))
+    arithmetic = compute_dtype(device, config.dtype)
+    dtype = dtype or arithmetic
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
         prepare_gpu()
     encoders = {name: getattr(config, name) or None for name in ("siglip", "whisper", "bert")}
     model = HumanOmni.from_pretrained(config.model, **encoders, device=device, dtype=dtype)
+    model.compute_dtype = arithmetic
     tokenizer, bert = Tokenizer(config.model), BertTokenizer(encoders["bert"] or config.model)
     for kind, ids, network in (("", tokenizer.ids, "llm"), ("BERT's ", bert.ids, "bert")):
         known = model.configs[network]["vocab_size"]

@@ -10,13 +10,16 @@ from tqdm import tqdm
 
 from support.clock import timed
 from support.errors import TrainingError, naming
-from support.precision import compute_dtype
 from support.ranks import rank_file, sum_gradients_over_ranks, true_on_any_rank
 
 
+# float16: the first scale of the loss, and after how many steps without an overflow it is doubled.
+FIRST_SCALE, STEPS_AT_SCALE = 2.0**16, 2000
+
+
 def set_trainable(model, towers=False):
-    """Freeze BERT, and the towers unless they are to train; what is frozen is held in
-    compute_dtype.
+    """Freeze BERT, and the towers unless they are to train; what is frozen is held in the type of
+    arithmetic.
 
     -> name -> parameter of what trains, in float32, as small steps need it."""
     frozen = [model.bert_model]
@@ -25,7 +28,7 @@ def set_trainable(model, towers=False):
     model.requires_grad_(True)
     for encoder in frozen:
         encoder.requires_grad_(False)
-        encoder.to(compute_dtype(model.device))
+        encoder.to(model.compute_dtype)
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -44,10 +47,14 @@ class Optimizer:
     parameters  name -> parameter (float32), whose gradients have been added up by backward()
     config      flags lr, clip_norm, offload_optimizer, skip_nonfinite
     folder      of the run: what led to a NaN is written there
+    dtype       of arithmetic. float16 has no numbers below 6e-8, where many gradients are: losses
+                are scaled up for backward, by as much as just does not overflow
+    facts       of the run: the scale is kept there, and saved with it
     """
 
-    def __init__(self, parameters, config, folder):
+    def __init__(self, parameters, config, folder, dtype=torch.float32, facts=None):
         self.parameters, self.config, self.folder = parameters, config, folder
+        self.scales_loss, self.facts = dtype == torch.float16, {} if facts is None else facts
         self.adamw = torch.optim.AdamW(
             parameters.values(), lr=config.lr, weight_decay=0.0, fused=True
         )
@@ -77,6 +84,22 @@ class Optimizer:
         for _, name, state in self._moments():
             state[name] = state[name].to(self.device, non_blocking=True)
 
+    @property
+    def loss_scale(self):
+        return self.facts.get("loss_scale", FIRST_SCALE) if self.scales_loss else 1.0
+
+    def backward(self, loss):
+        """loss.backward(); `step` undoes the scale."""
+        (loss * self.loss_scale).backward()
+
+    def _adjust_scale(self, overflow):
+        """Halve the loss's scale after an overflow, double it after many steps without one."""
+        steps = 0 if overflow else self.facts.get("steps_at_scale", 0) + 1
+        if overflow or steps == STEPS_AT_SCALE:
+            self.facts["loss_scale"] = self.loss_scale * (0.5 if overflow else 2.0)
+            steps = 0
+        self.facts["steps_at_scale"] = steps
+
     @timed("optimizer")
     def step(self, lr, evidence):
         """One step with the gradients at hand, which are gone afterwards -> metrics.
@@ -88,8 +111,16 @@ class Optimizer:
         there is no step either: AdamW would move the weights by momentum alone."""
         parameters = list(self.parameters.values())
         sum_gradients_over_ranks(parameters)
-        left_out = all(parameter.grad is None for parameter in parameters)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        left_out, metrics = not gradients, {}
+        if self.scales_loss and gradients:
+            torch._foreach_div_(gradients, self.loss_scale)
         norm = clip_grad_norm_(parameters, self.config.clip_norm)
+        if self.scales_loss and gradients:
+            metrics["loss_scale"] = self.loss_scale
+            overflow = not norm.isfinite() and self.loss_scale > 1  # else it is no overflow
+            self._adjust_scale(overflow)
+            left_out = left_out or overflow
         if not left_out:
             left_out = not self._all_finite(evidence, norm)
         if not left_out:
@@ -99,7 +130,7 @@ class Optimizer:
             self.adamw.step()
             self.park_moments()
         self.adamw.zero_grad()
-        return {"grad_norm": norm.item(), "lr": lr, "steps_left_out": int(left_out)}
+        return {"grad_norm": norm.item(), "lr": lr, "steps_left_out": int(left_out), **metrics}
 
     def _all_finite(self, evidence, norm):
         values = {**evidence.must_be_finite, "gradient norm": norm}

@@ -1,8 +1,12 @@
-"""bfloat16 arithmetic over float32 weights, where the hardware has it."""
+"""The type that arithmetic is done in, over weights that train in float32."""
 
 from contextlib import nullcontext
 
 import torch
+
+from support.errors import DataError
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 def prepare_gpu():
@@ -13,18 +17,23 @@ def prepare_gpu():
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def compute_dtype(device):
-    """bfloat16 where the device has it in hardware, else float32; weights that train are
-    float32."""
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if fast else torch.float32
+def compute_dtype(device, name="auto"):
+    """--dtype -> the type of arithmetic; auto: bfloat16 where a GPU has it in hardware, float16 on
+    older ones, float32 on a CPU."""
+    on_gpu = torch.device(device).type == "cuda"
+    has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "auto":
+        name = ("bfloat16" if has_bf16 else "float16") if on_gpu else "float32"
+    if name == "bfloat16" and not has_bf16:
+        raise DataError(f"--dtype bfloat16: {torch.cuda.get_device_name()} lacks it; try float16")
+    return getattr(torch, name)
 
 
 def autocast(model, wanted=True):
-    """Context for what runs float32 weights: arithmetic in compute_dtype.
+    """Context for what runs float32 weights: arithmetic in model.compute_dtype.
 
-    Not for frozen encoders, which are held in compute_dtype themselves and would only have their
-    layer norms widened."""
-    if wanted and compute_dtype(model.device) == torch.bfloat16:
-        return torch.autocast("cuda", torch.bfloat16)
+    Not for frozen encoders, which are held in that type themselves and would only have their layer
+    norms widened."""
+    if wanted and model.compute_dtype != torch.float32:
+        return torch.autocast(model.device.type, model.compute_dtype)
     return nullcontext()

@@ -3,13 +3,13 @@
 from data import longest_prompt
 from generate import Decoding, Sampler
 from support.compiling import Replay, compile_layers, compiler_works
-from support.precision import autocast, compute_dtype
+from support.precision import autocast
 from support.ranks import WORLD
 
 
 def sampler_of(omni, examples, B, G, decoding, compiled):
     """A sampler for B of the examples' prompts x G, its buffers made, on a GPU compiled."""
-    model, dtype = omni.model, compute_dtype(omni.model.device)
+    model, dtype = omni.model, omni.model.compute_dtype
     # Weights that train are float32: where arithmetic is not, a copy is sampled from.
     copy = None if model.embed_tokens.weight.dtype == dtype else model.frozen_copy(dtype)
     compiled = compiled and compiler_works(model.device)

@@ -118,6 +118,7 @@ def test_lower_right_causal_attention_has_the_gradients_of_a_mask(dtype, toleran
 
 def test_rollout_and_scoring_are_one_model_in_bf16(model, prompts):
     """The first update's check, on the golden model: a bf16 copy samples, float32 masters score."""
+    model.compute_dtype = torch.bfloat16
     set_trainable(model)
     copy = model.frozen_copy(torch.bfloat16)
     compile_layers(copy, dynamic=False)
