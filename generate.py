@@ -195,7 +195,7 @@ class Sampler:
 
     @torch.no_grad()
     def warm_up(self):
-        """Run a step at every number of rows that compaction can lead to: once, before it counts."""
+        """Run a step at every number of rows that compaction can lead to, before it counts."""
         self._prefill([self.model.embed_tokens.weight[: self.P]])
         G = self.G
         while G >= 1:
@@ -264,7 +264,9 @@ class Sampler:
         self.row.copy_(torch.arange(B * G))
         self.done.copy_(self.row >= given * G)
         self.blocked_keys.fill_(True)
-        self.blocked_keys[:, :P] = torch.arange(P, device=self.device) >= self.prompt_lengths[:, None]
+        self.blocked_keys[:, :P] = (
+            torch.arange(P, device=self.device) >= self.prompt_lengths[:, None]
+        )
         self.step.zero_()
         self.ids.fill_(0 if self.eos is None else self.eos[0])
 

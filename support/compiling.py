@@ -20,10 +20,11 @@ def compiler_works(device):
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
         return True
     except torch._dynamo.exc.BackendCompilerFailed as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split())[:200]
         warnings.warn(
             f"torch.compile does not work here ({reason}): nothing is compiled, which is slower "
-            "and otherwise the same. It needs a C compiler and Python's headers"
+            "and otherwise the same. It needs a C compiler and Python's headers",
+            stacklevel=2,
         )
         return False
 

@@ -124,8 +124,8 @@ class Common:
     device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one")
     dtype: str = flag(
         "auto",
-        "of arithmetic; what trains is kept in float32. auto: bfloat16 on a GPU that has it, float16 "
-        "on older ones, float32 on a CPU",
+        "of arithmetic; what trains is kept in float32. auto: bfloat16 on a GPU that has it, "
+        "float16 on older ones, float32 on a CPU",
         choices=DTYPES,
     )
 

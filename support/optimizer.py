@@ -12,7 +12,6 @@ from support.clock import timed
 from support.errors import TrainingError, naming
 from support.ranks import rank_file, sum_gradients_over_ranks, true_on_any_rank
 
-
 # float16: the first scale of the loss, and after how many steps without an overflow it is doubled.
 FIRST_SCALE, STEPS_AT_SCALE = 2.0**16, 2000
 

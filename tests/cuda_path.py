@@ -40,9 +40,9 @@ LAYERS = FULL_SIZE["llm"]["num_hidden_layers"]
 WAITS = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "is_nonzero", "_unique2"}
 # What launches no kernel.
 VIEWS = set(
-    "view _unsafe_view expand transpose t permute slice select unsqueeze squeeze alias detach split "
-    "split_with_sizes as_strided unbind device _reshape_alias unfold lift_fresh empty empty_like "
-    "new_empty new_empty_strided empty_strided".split()
+    "view _unsafe_view expand transpose t permute slice select unsqueeze squeeze alias detach "
+    "split split_with_sizes as_strided unbind device _reshape_alias unfold lift_fresh empty "
+    "empty_like new_empty new_empty_strided empty_strided".split()
 )
 
 
@@ -199,7 +199,11 @@ def imagine_h100():
     from triton.backends.compiler import GPUTarget
 
     config = torch._inductor.config
-    config.compile_threads, config.fx_graph_cache, config.joint_graph_constant_folding = 1, False, False
+    config.compile_threads, config.fx_graph_cache, config.joint_graph_constant_folding = (
+        1,
+        False,
+        False,
+    )
     torch._functorch.config.enable_autograd_cache = False
     properties = types.SimpleNamespace(
         name="NVIDIA H100 80GB HBM3",

@@ -1,7 +1,7 @@
-"""What can be known of the CUDA path without a GPU: see cuda_path.py, which makes torch imagine one.
+"""What can be known of the CUDA path without a GPU: cuda_path.py makes torch imagine one.
 
-Where a bound stands, it is PERFORMANCE's own: kernels per layer and step, waits for the device,
-GiB. Two defects are put back, and found."""
+Kernels per layer and decode step, waits for the device, GiB; each with its bound. Two defects are
+put back, and found."""
 
 import functools
 import gc
@@ -16,6 +16,7 @@ from conftest import ROOT, small_llm_config
 
 from generate import Decoding, Sampler
 from model import HumanOmni
+from support.compiling import compiler_works
 
 ROWS = ("128", "64", "32", "16")
 pytestmark = pytest.mark.skipif(
@@ -108,3 +109,22 @@ def test_a_sampler_that_holds_itself_would_be_found():
         sampler.forward = sampler._decode
 
     assert not freed_when_dropped(HumanOmni(small_llm_config()).eval(), hold_itself)
+
+
+def test_without_a_compiler_there_is_one_warning_and_nothing_is_compiled(monkeypatch):
+    def failing(function):
+        def run(x):
+            error = RuntimeError("Failed to find C compiler")
+            raise torch._dynamo.exc.BackendCompilerFailed(function, error)
+
+        return run
+
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch, "compile", failing)
+    monkeypatch.setattr(torch, "zeros", lambda size, device: None)
+    compiler_works.cache_clear()
+    with pytest.warns(UserWarning, match="Failed to find C compiler.*nothing is compiled") as told:
+        assert not compiler_works(gpu) and not compiler_works(gpu)
+    assert len(told) == 1
+    compiler_works.cache_clear()
+    assert not compiler_works(torch.device("cpu"))

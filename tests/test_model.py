@@ -21,9 +21,7 @@ def test_every_stage_equals_the_original(model, expected):
     assert relative_error(sound, expected["whisper"]) <= EXACT
     mask = expected["bert_attention_mask"]
     assert (
-        relative_error(
-            model.read_question(expected["bert_input_ids"], mask), expected["bert_cls"]
-        )
+        relative_error(model.read_question(expected["bert_input_ids"], mask), expected["bert_cls"])
         <= EXACT
     )
     weights = model.branch_weights(expected["bert_input_ids"], mask)

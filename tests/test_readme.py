@@ -317,7 +317,7 @@ def test_every_metric_is_explained():
     for path in [ROOT / "train_grpo.py", ROOT / "data.py", *ROOT.glob("support/*.py")]:
         phases = re.findall(r'timed\("(\w+)"\)', path.read_text(encoding="utf-8"))
         logged |= {f"seconds_{phase}" for phase in phases}
-    logged |= {"peak_memory_gib", "val_war", "val_uar", "val_format"}
+    logged |= {"peak_memory_gib", "val_war", "val_uar", "val_format", "loss_scale"}
     section = PAGES["docs/metrics.md"].split("## Metrics")[1].split("\n## ")[0]
     rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == logged
