@@ -115,7 +115,7 @@ def test_without_a_compiler_there_is_one_warning_and_nothing_is_compiled(monkeyp
     def failing(function):
         def run(x):
             error = RuntimeError("Failed to find C compiler")
-            raise torch._dynamo.exc.BackendCompilerFailed(function, error)
+            raise torch._dynamo.exc.BackendCompilerFailed(function, error, None)
 
         return run
 
