@@ -9,12 +9,11 @@
 
     ids = generate(model, prompts, num_samples=8, eos_token_id=tokenizer.eos_token_ids)
 
-`Sampler` keeps what a training run needs again and again: a working copy of the weights in the
-compute type, the buffers, on a GPU the step as a CUDA graph (support/compiling.py). `generate`
-makes one for a single call.
+`Sampler` keeps what a training run needs again and again: a working copy of the weights, the
+buffers, on a GPU the step as a CUDA graph. `generate` makes one for a single call.
 
 Shapes: B prompts · G completions per prompt · R = B*G rows · P prompt length · C completion length
-· D width · V vocabulary; hd head width. This file needs torch and grpo.py.
+· D width · V vocabulary. This file needs torch, grpo.py and kv_cache.py.
 """
 
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from grpo import completion_mask
+from kv_cache import LayerCache
 
 BLOCK = 512  # words of the vocabulary that `draw` looks at together
 
@@ -39,71 +39,10 @@ class Decoding:
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
-                "temperature must be >= 0 and top_p in (0, 1], "
-                f"got {self.temperature} and {self.top_p}"
-            )
-
-
-class LayerCache:
-    """One layer's keys and values while decoding: of the B prompts, and of the rows' own tokens.
-
-    Buffers of fixed size, so that nothing is compiled or captured again when lengths change."""
-
-    def __init__(self, like, B, G, P, C, step, blocked_keys):
-        """like (1, kv_heads, L, hd): any keys, for their shape and type. step (1,) and blocked_keys
-        (R, P + C) are the sampler's: which step this is, and what no row may see."""
-        _, kv_heads, _, hd = like.shape
-        self.prompt_keys = like.new_zeros(B, kv_heads, P, hd)
-        self.prompt_values = like.new_zeros(B, kv_heads, P, hd)
-        # A line for each prompt, key head and completion, in this order.
-        self.keys = like.new_zeros(B * kv_heads * G, C, hd)
-        self.values = like.new_zeros(B * kv_heads * G, C, hd)
-        self.step, self.blocked_keys = step, blocked_keys
-
-    def write(self, k, v):
-        """Keep a new token's keys and values: each (lines, hd). After compaction there is room for
-        more lines than there are.
-
-        Indexing the whole buffer is what a compiler writes in place; of a slice it would copy all
-        lines out and back."""
-        lines = torch.arange(len(k), device=k.device)
-        self.keys[lines, self.step] = k
-        self.values[lines, self.step] = v
-
-    def attend(self, q, k, v):
-        """One new token per row: q (R, heads, 1, hd); k, v (R, kv_heads, 1, hd) -> as q.
-
-        One softmax over two sets of scores. The G rows of a prompt, and the query heads that share
-        a key head, are folded into one axis: the prompt's keys are read once, not G times."""
-        R, heads, _, hd = q.shape
-        B, kv_heads, P, _ = self.prompt_keys.shape
-        G = R // B
-
-        def by_prompt(x):  # -> (B, kv_heads, G, heads that share a key head, hd)
-            return x.view(B, G, kv_heads, -1, hd).transpose(1, 2)
-
-        self.write(by_prompt(k).flatten(0, 3), by_prompt(v).flatten(0, 3))
-        keys = self.keys[: R * kv_heads].unflatten(0, (B, kv_heads, G))
-        values = self.values[: R * kv_heads].unflatten(0, (B, kv_heads, G))
-        q = by_prompt(q) * hd**-0.5
-        to_prompt = q.flatten(2, 3) @ self.prompt_keys.mT  # (B, kv_heads, G*shared, P)
-        to_own = q @ keys.mT  # (B, kv_heads, G, shared, C)
-        scores = torch.cat([to_prompt.unflatten(2, (G, -1)), to_own], dim=-1).float()
-        blocked = self.blocked_keys[:R].view(B, 1, G, 1, -1)
-        weights = scores.masked_fill(blocked, -torch.inf).softmax(-1).to(q.dtype)
-        on_prompt, on_own = weights.tensor_split([P], dim=-1)
-        attended = (on_prompt.flatten(2, 3) @ self.prompt_values).view_as(q) + on_own @ values
-        return attended.transpose(1, 2).reshape(R, heads, 1, hd)
-
-    def compact(self, places, G):
-        """Keep of each prompt's G completions those at places (B, half), in this order."""
-        B, kv_heads, _, _ = self.prompt_keys.shape
-        first = torch.arange(B * kv_heads, device=places.device).view(B, kv_heads, 1) * G
-        lines = (first + places[:, None]).flatten()  # (B*kv_heads*half,)
-        self.keys[: len(lines)] = self.keys[lines]
-        self.values[: len(lines)] = self.values[lines]
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
 
 
 def pick(weights, generator):
@@ -143,13 +82,11 @@ class Sampler:
     model            the policy: a model with the interface that grpo.completion_logps describes,
                      whose forward also takes `positions`
     B, G             prompts per call (fewer are filled up), completions per prompt
-    prompt_capacity  longest prompt; with decoding.max_new_tokens the size of the buffers, made at
-                     once
+    prompt_capacity  longest prompt; with decoding.max_new_tokens the size of the buffers
     decoding         a Decoding
     copy             a working copy of the model to sample from (bf16, say); `refresh` brings it up
                      to date. None: sample from the model itself
-    replay           None, or a support.compiling.Replay, which captures a decode step on a GPU and
-                     replays it
+    replay           None, or a support.compiling.Replay, for decode steps as CUDA graphs
     """
 
     @torch.no_grad()
@@ -158,7 +95,7 @@ class Sampler:
             raise ValueError(f"num_samples must be at least 1, got {G}")
         self.source, self.model = model, model if copy is None else copy
         self.B, self.G, self.P, self.C = B, G, prompt_capacity, decoding.max_new_tokens
-        self.decoding, R = decoding, B * G
+        self.decoding, self.replay, R = decoding, replay, B * G
         weight = self.model.embed_tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.generator = torch.Generator(self.device)
@@ -182,15 +119,12 @@ class Sampler:
         self.logits = self.model.logits(hidden[0]).repeat(R, 1)  # (R, V), of the next token
         state = (self.step, self.blocked_keys)
         self.cache = [LayerCache(k, B, G, self.P, self.C, *state) for k, _ in kv]
-        self.replay = replay
 
     @torch.no_grad()
     def refresh(self):
         """Copy the model's weights into the working copy, in place: captured steps stay valid."""
-        if self.model is self.source:
-            return
         for ours, theirs in zip(self.model.parameters(), self.source.parameters()):
-            if ours is not theirs:
+            if ours is not theirs:  # else the two share it, or are the same model
                 ours.copy_(theirs)
 
     @torch.no_grad()
@@ -230,9 +164,7 @@ class Sampler:
         return self.replay(lambda: self._decode(R), R, written, self.generator)
 
     def _compact(self, G):
-        """Of each prompt's G places, the first half go on, with all rows that are unfinished.
-
-        Returns G as it is then."""
+        """Half of each prompt's G places go on, with all rows that are unfinished -> G from now."""
         half = G // 2
         unfinished = ~self.done[: self.B * G].view(self.B, G)
         unfinished_first = unfinished.int().argsort(dim=1, descending=True, stable=True)
@@ -273,18 +205,14 @@ class Sampler:
     @torch.no_grad()
     def __call__(self, prompts, seed=None):
         """Prompts as in `generate` -> ids and log-probabilities (float32), (B, G, C) each."""
-        prompts = list(prompts)
-        given, longest = len(prompts), max(map(len, prompts))
+        prompts, given, longest = list(prompts), len(prompts), max(map(len, prompts))
         if given > self.B or longest > self.P:
-            raise ValueError(
-                f"{given} prompts of up to {longest} tokens; this sampler is made for "
-                f"{self.B} of up to {self.P}"
-            )
+            sizes = f"{given} prompts of up to {longest} tokens; made for {self.B} of {self.P}"
+            raise ValueError(f"this sampler got {sizes}")
         self.generator.manual_seed(torch.randint(2**62, ()).item() if seed is None else seed)
         self._prefill(prompts)
         # Asking whether rows are done makes the host wait for a GPU, so it asks now and then.
-        every = 16 if self.device.type == "cuda" else 4
-        G = self.G
+        G, every = self.G, 16 if self.device.type == "cuda" else 4
         for steps in range(1, self.C + 1):
             self._run(self.B * G)
             if self.eos is not None and steps % every == 0:
@@ -296,8 +224,8 @@ class Sampler:
         ids, logps = self.ids[: given * self.G, :steps], self.logps[: given * self.G, :steps]
         if self.eos is not None:  # cut to the longest row
             steps = int(completion_mask(ids, self.eos).sum(1).max())
-        ids, logps = ids[:, :steps].clone(), logps[:, :steps].clone()
-        return ids.unflatten(0, (given, self.G)), logps.unflatten(0, (given, self.G))
+        shape = (given, self.G, steps)
+        return ids[:, :steps].reshape(shape).clone(), logps[:, :steps].reshape(shape).clone()
 
 
 def sample(model, prompts, num_samples, decoding, seed=None):
@@ -327,7 +255,6 @@ def generate(
                   which any ends a row (the first is what is repeated); None: no row ends early
     seed          repeats the same samples on the same machine
 
-    Returns ids (B, G, C) int64, C = the longest row.
-    """
+    Returns ids (B, G, C) int64, C = the longest row."""
     decoding = Decoding(max_new_tokens, temperature, top_p, eos_token_id)
     return sample(model, prompts, num_samples, decoding, seed)[0]

@@ -275,7 +275,7 @@ def attend(q, k, v, past=None, follows=None):
       None              nothing came before;
       (k, v)            of B prompts of one length, (B, kv_heads, P, hd), gradients and all; follows
                         (R, B) is 1 where a row follows a prompt, 0 elsewhere;
-      any other object  its method attend(q, k, v) decides (the static cache of generate.py)."""
+      any other object  its method attend(q, k, v) decides (the static cache of kv_cache.py)."""
     if past is None or isinstance(past, tuple):
         return causal_attention(q, k, v, past, follows)
     return past.attend(q, k, v)
@@ -459,12 +459,14 @@ class HumanOmni(nn.Module):
         positions  (R or 1, L) of the new tokens; None: on from the end of `past`
         return_kv  also return their keys and values, [(k, v)] per layer, ready to be `past`"""
         x, kv, device = inputs_embeds, [], inputs_embeds.device
-        R, L, follows, start = *x.shape[:2], None, 0
+        (R, L, _), start, follows = x.shape, 0, None
         if past and isinstance(past[0], tuple):
-            B, _, start, _ = past[0][0].shape
+            keys, _ = past[0]
+            B, _, start, _ = keys.shape
             if prompt_of is None:
                 prompt_of = torch.arange(R, device=device) // (R // B)
-            follows = (prompt_of[:, None] == torch.arange(B, device=device)).to(past[0][0].dtype)
+            # (R, B): 1 where a row follows a prompt
+            follows = (prompt_of[:, None] == torch.arange(B, device=device)).to(keys.dtype)
         if positions is None:
             positions = torch.arange(start, start + L, device=device)[None]  # (1, L)
         c = self.configs["llm"]

@@ -24,12 +24,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import generate
 import model as model_file
 from bench.memory import fake_prompts
 from bench.sizes import FULL_SIZE
 from generate import Decoding, Sampler
 from grpo import completion_logps, grpo_loss
+from kv_cache import LayerCache
 from model import DecoderLayer, HumanOmni
 from support.compiling import DECODING
 
@@ -336,7 +336,7 @@ def main():
     warnings.filterwarnings("ignore")
     what, *defects = sys.argv[1:]
     if "slices" in defects:
-        generate.LayerCache.write = write_slices
+        LayerCache.write = write_slices
     if what != "sizes":
         imagine_gpu()
     print(json.dumps({"kernels": kernels, "sizes": sizes, "waits": waits}[what]()))

@@ -6,9 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from clips import write_clip
+from runs import CHECKPOINT, CLIPS
 
 import data
 from data import ClipError, DataError
+from grpo import completion_logps
+from support.flags import Common, load
+from support.optimizer import set_trainable
 
 GOLDEN = Path(__file__).parent / "golden"
 CLIP = GOLDEN / "media/clip.mp4"
@@ -229,3 +233,30 @@ def test_errors_cross_processes_with_just_their_message(tmp_path, workers):
     with pytest.raises(ClipError) as caught:
         next(stream)
     assert str(caught.value).startswith(str(bad)) and "\n" not in str(caught.value)
+
+
+def test_features_that_are_kept_are_those_that_are_computed():
+    """Values and gradients, in a second pass that neither decodes nor encodes, as in one that
+    does."""
+    omni = load(Common(model=CHECKPOINT))
+    examples = [data.Example(Path(clip), data.QUESTION_LABEL, "", "video_audio") for clip in CLIPS]
+    ids = torch.randint(0, 300, (2, 3, 7), generator=torch.Generator().manual_seed(0))
+    set_trainable(omni.model)
+
+    def second_pass(keep):
+        clips = data.clips_of(omni.model, examples, keep=keep)
+        for items in data.batches(clips, [0, 1, 0, 1], 2):
+            batch = data.encode(omni, clips, items)
+        assert len(clips.kept) == (2 if keep else 0)
+        prompts = torch.stack(data.embed(omni.model, batch))
+        logps = completion_logps(omni.model, prompts, ids)
+        omni.model.zero_grad()
+        logps.sum().backward()
+        return logps, [p.grad for p in omni.model.parameters() if p.grad is not None]
+
+    (kept, kept_gradients), (computed, gradients) = second_pass(True), second_pass(False)
+    assert torch.allclose(kept, computed, atol=1e-6)
+    largest = max(gradient.abs().max() for gradient in gradients)
+    assert len(kept_gradients) == len(gradients) > 100
+    for a, b in zip(kept_gradients, gradients):
+        assert (a - b).abs().max() <= 1e-6 * max(1.0, largest)
