@@ -5,7 +5,7 @@
     3. decode     one token for every row per step; a row attends to its prompt's keys (stored once
                   for all G rows) and to its own, and nobody waits for the device between tokens
     4. compact    when every prompt has half its rows done, the others move up: the batch halves
-    5. stop       when every row has met EOS, or at max_new_tokens
+    5. stop       when every row has met EOS (every few steps one looks), or at max_new_tokens
 
     ids = generate(model, prompts, num_samples=8, eos_token_id=tokenizer.eos_token_ids)
 
@@ -51,15 +51,15 @@ def pick(weights, generator):
     uniform = torch.empty_like(ends[:, :1]).uniform_(generator=generator)  # (R, 1) in [0, 1)
     # right: the first whose sum is beyond the number, so never one of weight 0.
     index = torch.searchsorted(ends, uniform * ends[:, -1:], right=True)
-    return index.clamp(max=weights.shape[-1] - 1)  # the product may round up to the sum itself
+    return index.clamp(max=weights.shape[-1] - 1)  # of NaN weights the search runs off the end
 
 
 def draw(logits, temperature, top_p, generator):
     """One token per row: (R, V) float32 -> ids (R,), and their log-probabilities (R,).
 
     These are of the distribution that was drawn from. First a block of words is drawn, then one of
-    its words: a running sum over all 150 000 would be slow. Temperature 0 is greedy;
-    log-probabilities are at temperature 1."""
+    its words: a running sum over all 150 000 would be slow. Temperature 0 is greedy, and its
+    log-probabilities are those of temperature 1."""
     if temperature == 0:
         ids = logits.argmax(-1)
         return ids, logits.log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
@@ -69,18 +69,18 @@ def draw(logits, temperature, top_p, generator):
         before = ranked.softmax(-1).cumsum(-1) - ranked.softmax(-1)
         logits = logits.scatter(-1, order, ranked.masked_fill(before >= top_p, -torch.inf))
     logps = logits.log_softmax(-1)
-    words = F.pad(logps.exp(), (0, -logps.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    words = F.pad(logps.exp(), (0, -logps.shape[-1] % BLOCK))
+    words = words.unflatten(-1, (-1, BLOCK))  # (R, V/BLOCK, BLOCK)
     block = pick(words.sum(-1), generator)  # (R, 1)
     words = words.take_along_dim(block[..., None], dim=1).squeeze(1)  # (R, BLOCK)
-    ids = block * BLOCK + pick(words, generator)
+    ids = (block * BLOCK + pick(words, generator)).clamp(max=logps.shape[-1] - 1)
     return ids.squeeze(-1), logps.gather(-1, ids).squeeze(-1)
 
 
 class Sampler:
     """Sampling for B prompts x G completions, again and again, from a model that changes.
 
-    model            the policy: a model with the interface that grpo.completion_logps describes,
-                     whose forward also takes `positions`
+    model            the policy: as grpo.completion_logps describes it, and taking `positions`
     B, G             prompts per call (fewer are filled up), completions per prompt
     prompt_capacity  longest prompt; with decoding.max_new_tokens the size of the buffers
     decoding         a Decoding
@@ -177,12 +177,12 @@ class Sampler:
         return half
 
     def _prefill(self, prompts):
-        """Read all prompts, and set every buffer to where the first token is drawn."""
+        """Read all prompts, and set all that a step reads to where the first token is drawn."""
         B, G, P, given = self.B, self.G, self.P, len(prompts)
         prompts = prompts + prompts[:1] * (B - given)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        # Always of one shape, so that nothing is compiled again; prompts are padded on the right,
-        # where causal attention does not look.
+        # Always of the buffers' shape, so that nothing is compiled again; prompts are padded on the
+        # right, where causal attention does not look.
         padded = torch.stack([F.pad(prompt, (0, 0, 0, P - len(prompt))) for prompt in prompts])
         hidden, kv = self.model(padded.to(self.dtype), return_kv=True)
         for layer, (k, v) in zip(self.cache, kv):

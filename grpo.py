@@ -75,7 +75,8 @@ def chunked_logps(model, hidden, ids, chunk=512):
     """log pi of each id given the hidden state before it: (n, D), (n,) -> (n,) float32.
 
     Logits are made for `chunk` positions at a time and, where there are more, made again in the
-    backward pass: chunk x V numbers live instead of n x V."""
+    backward pass: chunk x V numbers live instead of n x V (for each call that is to be
+    differentiated)."""
 
     def through_head(hidden, ids):
         return token_logps(model.logits(hidden), ids)

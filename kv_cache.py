@@ -21,17 +21,17 @@ class LayerCache:
         _, kv_heads, _, hd = like.shape
         self.prompt_keys = like.new_zeros(B, kv_heads, P, hd)
         self.prompt_values = like.new_zeros(B, kv_heads, P, hd)
-        # A line for each prompt, key head and completion, in this order.
+        # A line for each prompt, key head and completion, in this order: the lines that are left
+        # after compaction are again (B, kv_heads, fewer G), without gaps.
         self.keys = like.new_zeros(B * kv_heads * G, C, hd)
         self.values = like.new_zeros(B * kv_heads * G, C, hd)
         self.step, self.blocked_keys = step, blocked_keys
 
     def write(self, k, v):
-        """Keep a new token's keys and values: each (lines, hd). After compaction there is room for
-        more lines than there are.
+        """Keep a new token's keys and values: each (lines, hd), of the lines in use.
 
-        Indexing the whole buffer is what a compiler writes in place; of a slice it would copy all
-        lines out and back."""
+        self.keys[:n][:, step] = k would do the same, but torch.compile then copies all n lines out
+        of the buffer and back."""
         lines = torch.arange(len(k), device=k.device)
         self.keys[lines, self.step] = k
         self.values[lines, self.step] = v

@@ -49,7 +49,8 @@ from support.updates import SHOWN, check_first_update, evidence, log_line, show_
 REWARDS = {"accuracy": accuracy_reward, "format": lambda text, label: format_reward(text)}
 
 TOY_UPDATES = 75
-# Where the paper differs from the toy. Its 16 prompts x 8 completions and its clips are defaults.
+# Where the paper differs from the toy. Its 16 prompts x 8 completions, clip_eps and clip_norm are
+# the defaults.
 PAPER = {"epochs": 2.0, "max_new_tokens": 512, "lr": 1e-6, "beta": 0.04, "updates_per_rollout": 1}
 PAPER |= {"micro_batch": 1, "save_every": 100}
 
@@ -105,7 +106,7 @@ class Rollout:
     rewards: dict | None = None  # name -> (B, G) float32; step 2
     ref_logps: torch.Tensor | None = None  # (B, G, C) float32, under the reference; step 3
     advantages: torch.Tensor | None = None  # (B, G) float32; step 4
-    # (B, G, C) float32, under the policy before it moves, the ratio's denominator; step 5
+    # (B, G, C) float32, under the policy before it moves, the ratio's denominator; step 5 (or 3)
     old_logps: torch.Tensor | None = None
 
 
@@ -134,7 +135,7 @@ def reward_groups(functions, rollout):
     rewards = {}
     for name, reward in functions.items():
         values = [[reward(text, label) for text in g] for g, label in zip(rollout.texts, labels)]
-        rewards[name] = torch.tensor(values)
+        rewards[name] = torch.tensor(values, dtype=torch.float32)
     return rewards
 
 
@@ -262,8 +263,8 @@ def main(argv=None):
     by_epochs = math.ceil(config.epochs * len(examples) / config.prompts)
     config.updates = config.updates or by_epochs or TOY_UPDATES
 
-    # The folder refuses another run's flags; the sampler's buffers are most of the memory. If one
-    # of them fails, let it be before anything long.
+    # The folder refuses another run's flags; the sampler's buffers are most of the memory. Both may
+    # fail: let it be before anything long.
     run = Run(config.out, config, input_files(config))
     parameters = set_trainable(policy)
     optimizer = Optimizer(parameters, config, run.folder, policy.compute_dtype, run.facts)

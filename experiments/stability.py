@@ -5,8 +5,9 @@
 
 Each run is `python train_grpo.py` of the toy and, of its best/, an evaluation of sampled
 completions on the test set: how often the statements in <think> are true, how often answer and
-format are right. Runs go to runs/stability/NAME; what is there is not done again. The table is
-printed, and written to runs/stability/NAME.md; experiments/stability.md is made of such tables.
+format are right. KL is the mean of the last ten updates. Runs go to runs/stability/NAME; what is
+there is not done again. The table is printed, and written to runs/stability/NAME.md;
+experiments/stability.md is made of such tables.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-COLUMNS = ("WAR", "largest KL", "accuracy", "format", "face true", "voice true", "updates")
+COLUMNS = ("WAR", "KL", "largest KL", "accuracy", "format", "face true", "voice true", "updates")
 
 
 def run(folder, seed, threads, flags):
@@ -43,8 +44,9 @@ def read(folder):
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[1:]
     updates = [json.loads(line) for line in lines]
     shares = (sampled["war"], sampled["format"], sampled["face_true"], sampled["voice_true"])
-    largest_kl = max(update["kl"] for update in updates)
-    return [100 * after["war"], largest_kl, *(100 * share for share in shares), len(updates)]
+    kl = [update["kl"] or 0.0 for update in updates]  # None without a reference
+    values = [100 * after["war"], sum(kl[-10:]) / 10, max(kl), *(100 * share for share in shares)]
+    return [*values, len(updates)]
 
 
 def main():
@@ -63,10 +65,10 @@ def main():
         for seed in args.seeds:
             place = folder / f"seed_{seed}_threads_{threads}"
             run(place, seed, threads, args.flags.split())
-            war, kl, accuracy, form, face, voice, updates = read(place)
+            war, kl, largest_kl, accuracy, form, face, voice, updates = read(place)
             lines.append(
-                f"| {seed} | {threads} | {war:.1f} | {kl:.3f} | {accuracy:.1f} | {form:.1f} "
-                f"| {face:.1f} | {voice:.1f} | {updates} |"
+                f"| {seed} | {threads} | {war:.1f} | {kl:.3f} | {largest_kl:.3f} | {accuracy:.1f} "
+                f"| {form:.1f} | {face:.1f} | {voice:.1f} | {updates} |"
             )
             print(lines[-1], flush=True)
     folder.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")

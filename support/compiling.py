@@ -34,7 +34,7 @@ DECODING = {"split_reductions": False}
 
 
 def compile_layers(model, dynamic):
-    """Compile the decoder layers in place: one compilation serves all of them.
+    """Compile the decoder layers in place: what is compiled for one layer serves the others.
 
     dynamic: for any shape, to score; else anew for every shape, to decode"""
     # Shapes of the decode step: one for every halving of the group, in each of a run's samplers.
@@ -54,8 +54,8 @@ class Replay:
     def __call__(self, step, R, written, generator):
         """step(), which works on R rows.
 
-        written: all that a step writes and a later one reads. Warming up and capturing run it for
-        real; what was there, and the generator's state, are put back."""
+        written: what is put back, with the generator's state, after a step that only warms up (to
+        record one does not run it). Not the cache: the replay writes to the same place again."""
         if R not in self.graphs:
             contents, drawn = [buffer.clone() for buffer in written], generator.get_state()
             step()  # compiles; nothing may be allocated for the first time during capture

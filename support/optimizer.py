@@ -117,7 +117,7 @@ class Optimizer:
         norm = clip_grad_norm_(parameters, self.config.clip_norm)
         if self.scales_loss and gradients:
             metrics["loss_scale"] = self.loss_scale
-            overflow = not norm.isfinite() and self.loss_scale > 1  # else it is no overflow
+            overflow = not norm.isfinite() and self.loss_scale > 1  # at 1 it is a NaN
             self._adjust_scale(overflow)
             left_out = left_out or overflow
         if not left_out:

@@ -30,10 +30,10 @@ def compute_dtype(device, name="auto"):
 
 
 def autocast(model, wanted=True):
-    """Context for what runs float32 weights: arithmetic in model.compute_dtype.
+    """Context for the language model and what trains: arithmetic in model.compute_dtype.
 
-    Not for frozen encoders, which are held in that type themselves and would only have their layer
-    norms widened."""
+    Also over copies that are held in that type, so that theirs is the policy's arithmetic. Not for
+    frozen encoders, which are held in it too and would only have their layer norms widened."""
     if wanted and model.compute_dtype != torch.float32:
         return torch.autocast(model.device.type, model.compute_dtype)
     return nullcontext()

@@ -10,11 +10,13 @@ from support.ranks import WORLD
 def sampler_of(omni, examples, B, G, decoding, compiled):
     """A sampler for B of the examples' prompts x G, its buffers made, on a GPU compiled."""
     model, dtype = omni.model, omni.model.compute_dtype
-    # Weights that train are float32: where arithmetic is not, a copy is sampled from.
-    copy = None if model.embed_tokens.weight.dtype == dtype else model.frozen_copy(dtype)
     compiled = compiled and compiler_works(model.device)
+    # Weights that train are float32: where arithmetic is not, a copy is sampled from. And what is
+    # compiled to decode is not what is compiled to score.
+    same_type = model.embed_tokens.weight.dtype == dtype
+    copy = None if same_type and not compiled else model.frozen_copy(dtype)
     if compiled:
-        compile_layers(model if copy is None else copy, dynamic=False)
+        compile_layers(copy, dynamic=False)
     replay = Replay() if compiled else None
     P = longest_prompt(omni, examples)
     sampler = Sampler(model, B, G, P, decoding, copy=copy, replay=replay)

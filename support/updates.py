@@ -29,7 +29,8 @@ def mean_gap(a, b, mask):
 
 
 def check_first_update(rollout, dtype):
-    """Before the policy has moved, rollout, scoring and reference must agree on every token.
+    """Before the policy has moved, rollout, scoring and reference must agree, on average over the
+    tokens.
 
     NaNs are not looked at: the optimizer's step finds them, and tells what led to them."""
     gaps = {"scoring": rollout.old_logps, "reference": rollout.ref_logps}

@@ -96,6 +96,16 @@ def test_temperature_and_top_p_by_hand():
             assert torch.allclose(logps.exp(), expected[ids], atol=1e-5)
 
 
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.9), (0, 1.0)])
+def test_logits_that_are_not_numbers_draw_a_word_and_say_so(temperature, top_p):
+    """The optimizer's step finds them, and tells what led to them: sampling must not end before."""
+    logits = torch.randn(3, 700)
+    logits[1] = torch.nan
+    ids, logps = draw(logits, temperature, top_p, torch.Generator().manual_seed(0))
+    assert ((ids >= 0) & (ids < 700)).all()
+    assert logps.isnan().tolist() == [False, True, False]
+
+
 def test_rows_end_with_eos(model, prompts):
     """EOS is made frequent; a row repeats it from its first one on, and C is the longest row."""
     eos = int(generate(model, prompts, temperature=0, max_new_tokens=1)[0, 0, 0])
