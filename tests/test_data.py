@@ -235,7 +235,7 @@ def test_errors_cross_processes_with_just_their_message(tmp_path, workers):
     assert str(caught.value).startswith(str(bad)) and "\n" not in str(caught.value)
 
 
-def test_features_that_are_kept_are_those_that_are_computed():
+def test_kept_features_have_the_gradients_of_computed_ones():
     """Values and gradients, in a second pass that neither decodes nor encodes, as in one that
     does."""
     omni = load(Common(model=CHECKPOINT))

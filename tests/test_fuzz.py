@@ -291,7 +291,9 @@ def fuzz_checkpoints(rng, folder, bases):
 
 
 def load(folder):
-    config = SimpleNamespace(model=str(folder), siglip="", whisper="", bert="", device="cpu")
+    config = SimpleNamespace(
+        model=str(folder), siglip="", whisper="", bert="", device="cpu", dtype="auto"
+    )
     return flags.load(config)
 
 

@@ -754,7 +754,7 @@ def test_a_sudden_gradient_is_said(workplace, capsys):
 def rewards_of(functions, completions, label):
     """Rewards of one prompt's completions: name -> (1, G)."""
     example = train_grpo.data.Example(None, "?", label, "text")
-    batch = train_grpo.data.Batch([example], *[None] * 6)
+    batch = train_grpo.data.Batch([example], *[None] * 5)
     rollout = train_grpo.Rollout(batch, torch.zeros(1), None, None, [completions], None)
     return train_grpo.reward_groups(functions, rollout)
 

@@ -262,7 +262,9 @@ def test_bert_vocabulary_not_found(broken):
 
 
 def load_all(folder):
-    flags = SimpleNamespace(model=str(folder), siglip="", whisper="", bert="", device="cpu")
+    flags = SimpleNamespace(
+        model=str(folder), siglip="", whisper="", bert="", device="cpu", dtype="auto"
+    )
     return load(flags)
 
 
