@@ -504,7 +504,8 @@ def answer_clip(omni, config):
     """Print what the model says of one clip."""
     example = Example(Path(config.clip), QUESTION_REASONING, "", "video_audio")
     clips = clips_of(omni.model, [as_asked(example, config)], config.fit)
-    for row in evaluate(omni, clips, settings_of(config)):
+    # For one prompt compiling would take longer than answering.
+    for row in evaluate(omni, clips, replace(settings_of(config), batch_size=1, compile=False)):
         print(row["completion"])
 
 
