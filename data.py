@@ -454,7 +454,7 @@ def parts_of(batch, size):
     return parts
 
 
-def places(chosen, device):
+def indices(chosen, device):
     """A list of indices as a tensor on a device, without waiting for the device."""
     return torch.tensor(chosen).to(device, non_blocking=True)
 
@@ -467,7 +467,7 @@ def take(record, chosen):
     if record is None:
         return None
     if isinstance(record, torch.Tensor):
-        return record[places(chosen, record.device)]
+        return record[indices(chosen, record.device)]
     if isinstance(record, list):
         return [record[i] for i in chosen]
     if isinstance(record, dict):

@@ -155,7 +155,7 @@ def logps_without_gradient(model, rollout, config):
     """3. As logps_of, a few prompts at a time -> (B, G, C) float32."""
     logps = torch.zeros_like(rollout.sampled_logps)
     for part in data.parts_of(rollout.batch, config.micro_batch):
-        logps[data.places(part, logps.device)] = logps_of(model, data.take(rollout, part))
+        logps[data.indices(part, logps.device)] = logps_of(model, data.take(rollout, part))
     return logps
 
 
@@ -204,7 +204,7 @@ def add_gradients(policy, rollout, config, backward=torch.Tensor.backward):
             total=normaliser,
         )
         backward(loss)
-        all_logps[data.places(part, logps.device)] = logps.detach()
+        all_logps[data.indices(part, logps.device)] = logps.detach()
         sums["loss"] += loss.detach()
         sums["kl"] += metrics["kl"]
         sums["clip_share"] += metrics["clip_share"]

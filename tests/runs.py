@@ -7,6 +7,7 @@ from conftest import GOLDEN
 from safetensors.torch import load_file
 
 from data import QUESTION_REASONING
+from support.run import Run
 
 CHECKPOINT = str(GOLDEN / "tiny" / "humanomni")
 CLIPS = [str(GOLDEN / "media" / name) for name in ("clip.mp4", "clip16k.mp4")]
@@ -39,6 +40,18 @@ def read_metrics(folder):
     text = (Path(folder) / "metrics.jsonl").read_text()
     config, *lines = [json.loads(line) for line in text.splitlines()]
     return config, lines
+
+
+def stop_in_update(monkeypatch, number):
+    """Interrupt a GRPO run when it logs this update."""
+    log = Run.log
+
+    def stop(run, line, shown=None):
+        if line["update"] == number:
+            raise KeyboardInterrupt
+        log(run, line, shown)
+
+    monkeypatch.setattr(Run, "log", stop)
 
 
 def without_times(lines):

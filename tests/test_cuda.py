@@ -8,7 +8,7 @@ Skipped without one; what can be said of this path without a GPU is in test_cuda
 import pytest
 import torch
 from conftest import relative_error
-from runs import GRPO, assert_same_run, read_metrics, write_manifest
+from runs import GRPO, assert_same_run, read_metrics, stop_in_update, write_manifest
 
 import train_grpo
 from generate import Decoding, Sampler
@@ -17,7 +17,6 @@ from model import attend
 from support.compiling import Replay, compile_layers
 from support.optimizer import set_trainable
 from support.precision import autocast
-from support.run import Run
 from support.updates import TOLERANCE
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -144,15 +143,8 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
     flags += ["--save-every", "2", "--show-every", "0", "--save-dtype", "float32"]
     flags += ["--reward", "more_rewards:variety", "--max-new-tokens", "6"]
     train_grpo.main([*flags, "--out", "alone"])
-    log = Run.log
-
-    def stop(run, line, shown=None):
-        if line["update"] == 4:
-            raise KeyboardInterrupt
-        log(run, line, shown)
-
     with monkeypatch.context() as patched:
-        patched.setattr(Run, "log", stop)
+        stop_in_update(patched, 4)
         with pytest.raises(KeyboardInterrupt):
             train_grpo.main([*flags, "--out", "stopped"])
     train_grpo.main([*flags, "--out", "stopped"])

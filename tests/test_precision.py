@@ -4,13 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import GRPO, assert_same_run, read_metrics, write_manifest
+from runs import GRPO, assert_same_run, read_metrics, stop_in_update, write_manifest
 
 import train_grpo
 from support.errors import DataError, TrainingError
 from support.optimizer import FIRST_SCALE, STEPS_AT_SCALE, Evidence, Optimizer
 from support.precision import compute_dtype
-from support.run import Run
 
 HALF = ["float16", "bfloat16"]
 
@@ -92,15 +91,8 @@ def test_the_scale_goes_on_with_a_resumed_run(run, monkeypatch):
     monkeypatch.setattr("support.optimizer.STEPS_AT_SCALE", 1)  # doubled at every step
     whole = run("whole", "--dtype", "float16")
     assert whole[1]["loss_scale"] == 2 * FIRST_SCALE
-    log = Run.log
-
-    def stop(run, line, shown=None):
-        if line["update"] == 3:
-            raise KeyboardInterrupt
-        log(run, line, shown)
-
     with monkeypatch.context() as patched:
-        patched.setattr(Run, "log", stop)
+        stop_in_update(patched, 3)
         with pytest.raises(KeyboardInterrupt):
             run("stopped", "--dtype", "float16")
     run("stopped", "--dtype", "float16")
