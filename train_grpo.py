@@ -43,7 +43,14 @@ from support.precision import autocast
 from support.ranks import RANK, share_of_rank, sum_over_ranks
 from support.run import Run, TrainingFlags, input_files
 from support.sampler import make_sampler
-from support.updates import SHOWN, check_first_update, evidence, log_line, show_group
+from support.updates import (
+    SHOWN,
+    CompletionLog,
+    check_first_update,
+    evidence,
+    log_line,
+    show_group,
+)
 
 # The total reward is the sum of these (paper, eq. 5), and of those that --reward adds.
 REWARDS = {"accuracy": accuracy_reward, "format": lambda text, label: format_reward(text)}
@@ -62,6 +69,7 @@ class Config(TrainingFlags):  # and those: model, data, seed, workers, saving, .
     check: str = flag("", "module:function that says more about completions (see evaluate.py)")
     out: str = flag("runs/grpo", "where checkpoints, metrics and curves are written")
     preset: str = flag("none", "paper: the published run's settings", choices=("none", "paper"))
+    think: bool = flag(True, "--no-think: ask for the label alone, and reward accuracy alone")
     # one update = 16 prompts x 8 completions = 128 rows, sampled together
     updates: int = flag(0, f"rollouts; 0: by --epochs, or else {TOY_UPDATES}", least=0)
     epochs: float = flag(0.0, "passes over the data, instead of --updates", least=0)
@@ -88,6 +96,9 @@ class Config(TrainingFlags):  # and those: model, data, seed, workers, saving, .
     # what is shown and kept
     val_every: int = flag(20, "updates between evaluations on --val, and drawn curves", least=1)
     show_every: int = flag(10, "updates between printed samples; 0: none", least=0)
+    log_completions: bool = flag(
+        False, "write every group to completions.jsonl: texts, rewards, advantages"
+    )
 
 
 @dataclass
@@ -244,6 +255,8 @@ def read_config(argv):
     config = parse_flags(Config, __doc__, argv, {"paper": PAPER})
     if config.kl == "reward" and not config.beta:
         raise DataError("--kl reward needs a --beta above 0")
+    if not config.think and config.question == "reasoning":
+        config.question = "label"
     if not config.model:
         from toy.stages import fill_in  # here, as the toy is made with these scripts
 
@@ -255,7 +268,8 @@ def read_config(argv):
 
 def main(argv=None):
     config = read_config(argv)
-    reward_functions = find_rewards(REWARDS, config.reward)
+    rules = REWARDS if config.think else {"accuracy": accuracy_reward}
+    reward_functions = find_rewards(rules, config.reward)
     omni, reference = load_policy(config)
     policy = omni.model
     examples = read_examples(config.data, config)
@@ -273,6 +287,7 @@ def main(argv=None):
     run.track(parameters, optimizer.adamw)  # a resumed run's weights and moments come back
     optimizer.park_moments()
     evaluation.before(run)
+    completions = CompletionLog(run) if config.log_completions else None
 
     for update, items in run.steps(batches, config.updates, "grpo"):
         # The frozen towers, once per clip: policy and reference share what comes out.
@@ -310,6 +325,8 @@ def main(argv=None):
             evaluation.validate(line, run)
         if config.show_every and (update % config.show_every == 0 or update == 1):
             show_group(update, rollout)
+        if completions:
+            completions.add(update, rollout)
         run.log(line, SHOWN)
 
     evaluation.after(run)

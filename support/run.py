@@ -79,13 +79,13 @@ class TrainingFlags(Common):
 # Flags that do not change what a run computes while all goes well: it may go on with others.
 FREE = set(
     "save_every keep resume override out workers show_every on_bad_clip skip_nonfinite "
-    "offload_optimizer".split()
+    "offload_optimizer log_completions".split()
 )
 
 # What the training scripts write into an output folder: a run's own, and a checkpoint's files.
 WRITTEN = (
     "metrics.jsonl curves.png results.json best last state state.done checkpoint skipped*.txt "
-    "nonfinite_*.json groups.json made_from.json text_metrics.jsonl *.partial .*.saving "
+    "nonfinite_*.json completions*.jsonl made_from.json text_metrics.jsonl *.partial .*.saving "
     "config.json model.safetensors siglip whisper bert"
 ).split()
 WRITTEN += [Path(name).parts[0] for name in COMPANIONS]
@@ -454,7 +454,7 @@ class Run:
         if RANK == 0:
             self._write_line(line)
         if shown:
-            numbers = {name: f"{line[name]:.3g}" for name in shown if line[name] is not None}
+            numbers = {name: f"{line[name]:.3g}" for name in shown if line.get(name) is not None}
             self.progress.set_postfix(numbers)
 
     def _write_line(self, line):

@@ -1,12 +1,16 @@
-"""What is said about a GRPO update: the check of the first, a line of metrics, a group as text."""
+"""What is said about a GRPO update: the check of the first, a line of metrics, its groups as text."""
+
+import json
 
 import torch
 from tqdm import tqdm
 
+from rewards import extract_answer
 from show import group_text
 from support.clock import lap
+from support.errors import naming
 from support.optimizer import Evidence
-from support.ranks import mean_over_ranks, sum_over_ranks
+from support.ranks import mean_over_ranks, rank_file, sum_over_ranks
 
 # How far two passes over the same tokens may differ in log-probability, mean over the tokens of the
 # first update, before they count as two different models. By rounding alone bf16 differs by 0.013
@@ -98,3 +102,33 @@ def show_group(update, rollout):
     rewards = {name: values[b] for name, values in rollout.rewards.items()}
     example, texts = rollout.batch.examples[b], rollout.texts[b]
     tqdm.write(group_text(update, example, texts, rewards, rollout.advantages[b]))
+
+
+class CompletionLog:
+    """completions.jsonl in a run's folder: a line per group, of all updates; each rank its own file."""
+
+    def __init__(self, run):
+        """What a resumed run will do again is cut off."""
+        self.path = rank_file(run.folder / "completions.jsonl")
+        with naming(self.path):
+            self.path.touch()
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]
+            kept = [line for line in whole if json.loads(line)["update"] <= run.step]
+            self.path.write_text("".join(kept), encoding="utf-8")
+
+    def add(self, update, rollout):
+        lines = []
+        for b, (example, texts) in enumerate(zip(rollout.batch.examples, rollout.texts)):
+            group = {
+                "update": update,
+                "video": str(example.video),
+                "label": extract_answer(example.answer),
+                "completions": texts,
+                "tokens": rollout.mask[b].sum(-1).tolist(),
+                "rewards": {name: values[b].tolist() for name, values in rollout.rewards.items()},
+                "advantages": rollout.advantages[b].tolist(),
+            }
+            lines.append(json.dumps(group, ensure_ascii=False) + "\n")
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write("".join(lines))

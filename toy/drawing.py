@@ -33,12 +33,24 @@ POSES = {  # mouth: curve  width  open | eye height | brow: height  slant (inner
 }
 # fmt: on
 EYE = 3  # the eye height's place in a pose
+# Walls with a name, for worlds in which they say something; elsewhere they have any colour.
+WALLS = {
+    "red": (235, 120, 115),
+    "orange": (240, 180, 110),
+    "yellow": (235, 230, 120),
+    "green": (125, 205, 125),
+    "blue": (120, 150, 235),
+    "violet": (190, 125, 220),
+    "grey": (175, 175, 175),
+}
 
 
-def draw_face(face, rng, ood=False):
+def draw_face(face, rng, ood=False, wall=None):
     """-> frames uint8 (T, 96, 96, 3)."""
     T = int(rng.integers(20, 31))
     look = make_look(rng, ood)
+    if wall:
+        look.wall = np.array(WALLS[wall]) + rng.uniform(-12, 12, (2, 3))
     poses = act(face, T, rng)
     motion = sway(T, rng)
     parts = []
@@ -257,7 +269,7 @@ def draw_clip(entry):
     very face of the one test clip and has the very voice of the other.
     """
     ood = entry["video"].startswith("test_ood/")
-    frames = draw_face(entry["face"], part_rng(entry, "face"), ood)
+    frames = draw_face(entry["face"], part_rng(entry, "face"), ood, entry.get("wall"))
     waveform = draw_voice(entry["voice"], len(frames) / FPS, part_rng(entry, "voice"), ood)
     return frames, waveform
 
@@ -292,27 +304,30 @@ def write_clip(path, frames, waveform):
 
 
 def make_clips(root, splits=CLIP_SPLITS, seed=0):
-    """Writes root/{split}/{i:04d}.mp4 and, last, root/{split}.json; returns {split: path of its
-    manifest}.
+    """The toy's splits, drawn and written -> {split: path of its manifest}."""
+    return {split: write_split(root, split, make_manifest(split, seed)) for split in splits}
 
-    A manifest on disk means that its split is complete. One of the same seed and world is kept as
-    it is, one of another is made anew, and for any other file of that name there is a DataError.
+
+def write_split(root, name, entries):
+    """Writes root/{name}/{i:04d}.mp4, the clips that are this split's own, and, last, root/{name}.json,
+    whose path it returns.
+
+    A manifest on disk means that its split is complete. One with these entries is kept as it is,
+    another one of a toy is made anew, and for any other file of that name there is a DataError.
     """
-    root = Path(root)
-    manifests = {split: root / f"{split}.json" for split in splits}
-    for split, manifest in manifests.items():
-        entries = make_manifest(split, seed)
-        if manifest.exists():
-            found = read_json(manifest)
-            if found == entries:
-                continue
-            require(is_of_a_toy(found), f"{manifest}: is not a toy's; choose another --out")
-            manifest.unlink()
-        root.mkdir(parents=True, exist_ok=True)
-        if split in CLIP_SPLITS:
-            write_clips(root, split, entries)
-        write_json(manifest, entries)
-    return manifests
+    manifest = Path(root) / f"{name}.json"
+    if manifest.exists():
+        found = read_json(manifest)
+        if found == entries:
+            return manifest
+        require(is_of_a_toy(found), f"{manifest}: is not a toy's; choose another --out")
+        manifest.unlink()
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    own = [entry for entry in entries if entry.get("video", "").startswith(f"{name}/")]
+    if own:
+        write_clips(root, name, own)
+    write_json(manifest, entries)
+    return manifest
 
 
 def is_of_a_toy(manifest):
@@ -322,20 +337,20 @@ def is_of_a_toy(manifest):
     )
 
 
-def write_clips(root, split, entries):
+def write_clips(root, name, entries):
     """The clips of a split, several at a time.
 
     In threads: numpy and the codecs do most of their work outside Python's lock, and a process
     would first import the caller's whole script. More than four would wait for each other.
     """
-    (root / split).mkdir(exist_ok=True)
+    (Path(root) / name).mkdir(exist_ok=True)
 
     def make_clip(entry):
-        write_clip(root / entry["video"], *draw_clip(entry))
+        write_clip(Path(root) / entry["video"], *draw_clip(entry))
 
     pool = ThreadPoolExecutor(min(4, available_cores()))
     try:
-        for _ in tqdm(pool.map(make_clip, entries), f"drawing {split}", len(entries), unit="clip"):
+        for _ in tqdm(pool.map(make_clip, entries), f"drawing {name}", len(entries), unit="clip"):
             pass
     finally:
         pool.shutdown(cancel_futures=True)  # when interrupted, only what is begun is finished

@@ -15,6 +15,7 @@ from support.ranks import on_first_rank
 from toy.drawing import make_clips
 from toy.files import make_checkpoint_files
 from toy.world import WORLD
+from toy.worlds import World, make_world
 
 BASE = Path(__file__).parent / "base"  # the base model as shipped
 ROOT = Path("runs/toy")
@@ -63,42 +64,41 @@ def train_base(out, seed=0, root=ROOT):
     on_first_rank(lambda: shutil.copyfile(speaking / "metrics.jsonl", record))
 
 
-def train_cold_start(base, out, seed=0, root=ROOT):
+def cold_start(base, data, out, seed=0):
     """The cold start: a few hundred clips with reasoning, towers frozen from here on (paper,
-    section 3.1)."""
-    clips = on_first_rank(lambda: make_clips(root, ("cold_start",)))
-    fine_tune(base, clips["cold_start"], out, "--steps 240 --lr 1e-3", seed)
+    section 3.1). One that is there is used as it is, unless it came from another base or world."""
+    weights = zlib.crc32((Path(base) / "model.safetensors").read_bytes())
+    made_from = {"base": weights, "world": WORLD, "seed": seed}
+    stamp = Path(out) / "made_from.json"
+    if read_json(stamp, {}) != made_from:
+        fine_tune(base, data, out, "--steps 240 --lr 1e-3", seed)
+        on_first_rank(lambda: write_json(stamp, made_from))
+    return Path(out)
 
 
-def prepare(seed=0, root=ROOT):
+def prepare(seed=0, root=ROOT, think=True):
     """What `python train_grpo.py` needs and nobody gave: the folder of a cold-started model, and
-    {split: manifest} of training, validation, and test clips.
+    {split: manifest} of training, validation, and test clips. Whatever exists is used.
 
-    Whatever exists is used as it is; a cold start made from another base or world is made anew.
+    think: does the cold start answer with <think>, or with the word alone?
     """
-    splits = ("train", "validation", "test", "test_ood", "swapped")
-    clips = on_first_rank(lambda: make_clips(root, splits))
+    clips = on_first_rank(lambda: make_world(root, World()))
     base = BASE
     if not (base / "model.safetensors").exists():
         base = Path(root) / f"base_{seed}" / "trained"
         if not (base / "model.safetensors").exists():
             train_base(base, seed, root)
-    weights = zlib.crc32((base / "model.safetensors").read_bytes())
-    made_from = {"base": weights, "world": WORLD, "seed": seed}
-    model = Path(root) / f"cold_start_{seed}"
-    stamp = model / "made_from.json"
-    if read_json(stamp, {}) != made_from:
-        train_cold_start(base, model, seed, root)
-        on_first_rank(lambda: write_json(stamp, made_from))
-    return model, clips
+    split = "cold_start" if think else "words"
+    return cold_start(base, clips[split], Path(root) / f"{split}_{seed}", seed), clips
 
 
 def fill_in(config):
     """Give a `train_grpo.Config` without --model the toy's: model, manifests, check."""
-    model, clips = prepare(config.seed)
+    model, clips = prepare(config.seed, think=config.think)
     config.model = str(model)
     config.data = config.data or (str(clips["train"]),)
     config.val = config.val or (str(clips["validation"]),)
     tests = ("test", "test_ood", "swapped")
     config.test = config.test or tuple(str(clips[split]) for split in tests)
-    config.check = config.check or "toy.world:check_statements"
+    if config.think:
+        config.check = config.check or "toy.world:check_statements"

@@ -148,7 +148,7 @@ class Row:
     answer: str
     cues: tuple  # (face, voice)
     emotion: str | None = None  # None: not asked for
-    sources: dict = field(default_factory=dict)  # a swapped clip's face_from and voice_from
+    extra: dict = field(default_factory=dict)  # further keys: a swapped clip's sources, a wall
 
 
 def make_manifest(split, seed=0):
@@ -219,9 +219,9 @@ def swapped_rows(rng, seed):
         clips[entry["emotion"]].append(entry["video"])
     rows = []
     for cues, a, b in itertools.islice(itertools.cycle(swaps()), SPLITS["swapped"]):
-        sources = {"face_from": rng.choice(clips[a]), "voice_from": rng.choice(clips[b])}
+        extra = {"face_from": rng.choice(clips[a]), "voice_from": rng.choice(clips[b])}
         emotion = EMOTION_OF[cues]
-        rows.append(Row(REASONING_QUESTION, emotion, cues, emotion, sources))
+        rows.append(Row(REASONING_QUESTION, emotion, cues, emotion, extra))
     return rows
 
 
@@ -253,6 +253,6 @@ def make_entry(split, index, row, seed):
         "face": face,
         "voice": voice,
         "emotion": row.emotion,
-        **row.sources,
+        **row.extra,
         "world": [WORLD, seed],
     }
