@@ -1,9 +1,9 @@
 """When does RLVR beat fine-tuning on the labels? Five ways of training, in many worlds of the toy.
 
-    experiments/map.sh                                 all of it, and the page
-    python experiments/map.py jobs [--quick]           what there is to do, a line each
-    python experiments/map.py run WORLD ARM SEED       one of them, unless its result is there
-    python experiments/map.py page                     map.md, map.json and map.png of the results
+    experiments/map.sh                                   all of it, and the page
+    python -m experiments.map jobs [--quick|--choose]    what there is to do, a line each
+    python -m experiments.map run WORLD ARM SEED         one of them, unless its result is there
+    python -m experiments.map try ARM LR SEED            a learning rate, at a seed for choosing
 
 Every arm gets the same clips with the same labels, and as many visits: 150 optimizer steps of 16
 clips (GRPO: 75 rollouts of 16 prompts, two steps each). All start from one base model; only GRPO
@@ -20,16 +20,13 @@ A result is runs/map/WORLD/ARM_SEED.json.
 """
 
 import argparse
+import contextlib
+import fcntl
 import json
 import os
-import shutil
-import sys
+import time
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 
 import torch
 
@@ -40,27 +37,48 @@ from evaluate import Settings, evaluate, score
 from generate import generate
 from grpo import completion_logps, completion_mask
 from rewards import accuracy_reward, extract_answer, format_reward
-from support.flags import read_examples
+from support.errors import write_json
 from support.flags import load as load_model
+from support.flags import read_examples
 from toy import stages
 from toy.world import read_statements
-from toy.worlds import World, make_world, stated_label
+from toy.worlds import WALLS, World, make_world, stated_label
 
+ROOT = Path(__file__).parent.parent
 CLIPS, OUT = ROOT / "runs" / "toy", ROOT / "runs" / "map"
 
 WORLDS = {
     **{f"wrong_{share}": World(wrong=share) for share in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)},
-    **{f"confused_{share}": World(wrong=share, confused=True) for share in (0.2, 0.3, 0.4)},
-    **{f"labelled_{n}": World(labelled=n) for n in (14, 42, 140)},
+    **{f"confused_{share}": World(wrong=share, confused=True) for share in (0.2, 0.4)},
+    **{f"labelled_{n}": World(labelled=n) for n in (14, 42)},
     "films": World(films=True),
-    "films_wrong_0.4": World(films=True, wrong=0.4),
     "rule": World(rule=True),
     **{f"scene_{share}": World(scene=share) for share in (0.0, 0.9, 1.0)},
 }
+# Where each medium is also taken away (paper, section 5.3).
+ALONE_IN = (World(), World(wrong=0.5))
 STEPS, ROLLOUTS, BATCH = 150, 75, 16
+# Learning rates, each the best of those tried by WAR on validation, which is as noisy as training.
+# GRPO's with <think> is the default, chosen before in the toy itself (stability.md).
 SFT_LR = {"label_only": 1e-3, "label_cold": 1e-3, "own_correct": 1e-3}
 GRPO_LR = {"grpo_answer": 2e-4, "grpo_think": 2e-4}
-ARMS = (*SFT_LR, *GRPO_LR)
+LR_WORLD = World(wrong=0.5)
+LR_SEEDS = dict.fromkeys(("own_correct", "grpo_answer"), (10, 11))
+# Of these two rates were equal after two seeds.
+LR_SEEDS |= dict.fromkeys(("label_only", "label_cold"), (10, 11, 12, 13))
+LR_TRIED = {
+    "label_only": (3e-4, 1e-3, 3e-3, 1e-2),
+    "label_cold": (3e-4, 1e-3, 3e-3),
+    "own_correct": (3e-4, 1e-3, 3e-3),
+    "grpo_answer": (2e-4, 4e-4),
+}
+STARTS_FROM = {
+    "label_only": "base",
+    "label_cold": "cold_start",
+    "own_correct": "cold_start",
+    "grpo_answer": "words",
+    "grpo_think": "cold_start",
+}
 SAMPLES = 8  # completions per clip for own_correct, as many as GRPO's group has
 
 
@@ -68,37 +86,56 @@ SAMPLES = 8  # completions per clip for own_correct, as many as GRPO's group has
 # Training
 
 
-def starts(world, seed, paths):
-    """-> {name: folder} of the models that training starts from: base, cold start, and words (the
-    cold start without <think>)."""
-    kind = "rule_" if world.rule else "scene_" if world.scene >= 0 else ""
+@contextlib.contextmanager
+def alone(name):
+    """Only one process at a time is inside, for each name: what it makes, the others find."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    with open(OUT / f"{name}.lock", "w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
+
+
+def kind(world):
+    """Worlds of one kind have the same base, cold start and tests."""
+    return "rule" if world.rule else "scene" if world.scene >= 0 else "toy"
+
+
+def world_paths(world, seed):
+    with alone(f"draw_{kind(world)}"):
+        return make_world(CLIPS, world, seed)
+
+
+def start_model(name, world, seed, paths):
+    """-> folder of a model that training starts from: base, cold_start, or words (the cold start
+    without <think>). It is made if it is missing."""
     base = stages.BASE
     if world.scene >= 0:
         base = CLIPS / "scene_base_model"
-        if not (base / "model.safetensors").exists():
-            flags = "--steps 300 --lr 1e-3 --batch-size 32 --train-towers"
-            stages.fine_tune(stages.BASE, paths["base"], base, flags, 0)
-    made = {"base": base}
-    for split in ("cold_start", "words"):
-        out = CLIPS / f"{kind}{split}_{seed}"
-        made[split] = stages.cold_start(base, paths[split], out, seed)
-    return made
+        with alone(base.name):
+            if not (base / "model.safetensors").exists():
+                flags = "--steps 300 --lr 1e-3 --batch-size 32 --train-towers --workers 0"
+                stages.fine_tune(stages.BASE, paths["base"], base, flags, 0)
+    if name == "base":
+        return base
+    prefix = "" if kind(world) == "toy" else f"{kind(world)}_"
+    out = CLIPS / f"{prefix}{name}_{seed}"
+    with alone(out.name):
+        return stages.cold_start(base, paths[name], out, seed)
 
 
-def train(arm, world, seed, paths, models, out, lr=None):
+def train(arm, world, seed, paths, out, lr=None):
     """-> folder of the trained model, and of the one that it started from."""
+    start = start_model(STARTS_FROM[arm], world, seed, paths)
     if arm in GRPO_LR:
-        start = models["cold_start" if arm == "grpo_think" else "words"]
         flags = ["--model", str(start), "--data", str(paths["train"]), "--out", str(out)]
         flags += ["--updates", str(ROLLOUTS), "--prompts", str(BATCH), "--seed", str(seed)]
         flags += ["--lr", str(lr or GRPO_LR[arm]), "--show-every", "0", "--val-every", "1000"]
-        flags += ["--workers", "0", "--log-completions"]
+        flags += ["--workers", "0", "--log-completions", "--micro-batch", "16"]
         if arm == "grpo_answer":
             flags.append("--no-think")
         if not (out / "last" / "model.safetensors").exists():
             train_grpo.main(flags)
         return out / "last", start
-    start = models["base" if arm == "label_only" else "cold_start"]
     manifest, question = paths["train"], "label"
     if arm == "own_correct":
         manifest, question = own_correct(start, paths["train"], out, seed), "reasoning"
@@ -121,10 +158,10 @@ def own_correct(start, manifest, out, seed):
         if not row["truncated"] and accuracy_reward(text, row["label"]) and format_reward(text):
             answer = {"from": "gpt", "value": text}
             kept.append(entry | {"conversations": [entry["conversations"][0], answer]})
-    path = out.with_suffix(".manifest.json")
+    path = out.with_name(f"{out.name}.manifest.json")
     for entry in kept:
         entry["video"] = os.path.relpath(CLIPS / entry["video"], path.parent)
-    path.write_text(json.dumps(kept), encoding="utf-8")
+    write_json(path, kept)
     return path
 
 
@@ -132,9 +169,9 @@ def own_correct(start, manifest, out, seed):
 # Measuring
 
 
-def opened(model, manifest, question):
+def opened(model, manifest, question, modality="manifest"):
     """-> the model with its tokenizers, and the manifest's clips, asked this question."""
-    config = train_sft.Config(model=str(model), question=question, device="cpu")
+    config = train_sft.Config(model=str(model), question=question, modality=modality, device="cpu")
     omni = load_model(config)
     examples = read_examples([manifest], config)
     return omni, data.clips_of(omni.model, examples, cache=str(OUT / "features"))
@@ -153,6 +190,11 @@ def measure(model, start, world, paths, question):
         figures[split] |= reasoning(world, rows, clips.examples)
         if split == "swapped":
             figures[split] |= by_medium(rows, clips.examples, paths["test"])
+        elif world in ALONE_IN:
+            for medium in ("video", "audio"):
+                omni, clips = opened(model, paths[split], question, medium)
+                alone = score(evaluate(omni, clips, Settings(64, batch_size=35), medium))
+                figures[split][f"{medium}_alone"] = alone["war"]
     omni, clips = opened(model, paths["test"], question)
     begun, _ = opened(start, paths["test"], question)
     figures["kl"] = kl_between(omni, begun, clips)
@@ -215,47 +257,162 @@ def wrong_labels(out, manifest):
     truth = {Path(entry["video"]).name: entry["emotion"] for entry in entries}
     lines = (out / "completions.jsonl").read_text(encoding="utf-8").splitlines()
     groups = [json.loads(line) for line in lines]
-    wrong = [g for g in groups if g["label"] != truth[Path(g["video"]).name]]
+    wrong, right = [], []
+    for group in groups:
+        is_right = group["label"] == truth[Path(group["video"]).name]
+        (right if is_right else wrong).append(group)
     if not wrong:
         return {}
 
     def weight(some):
         return sum(abs(a) for group in some for a in group["advantages"])
 
-    said = [sum(group["rewards"]["accuracy"]) for group in wrong]
-    right = [sum(g["rewards"]["accuracy"]) for g in groups if g not in wrong]
-    G = len(wrong[0]["completions"])
+    def said(some):  # the share of completions that say the label
+        return sum(sum(group["rewards"]["accuracy"]) for group in some) / (SAMPLES * len(some))
+
     return {
         "wrong_groups": len(wrong) / len(groups),
-        "said_in": sum(count > 0 for count in said) / len(wrong),
-        "said": sum(said) / (G * len(wrong)),
-        "right_said": sum(right) / (G * max(1, len(right))),
+        "said_in": sum(any(group["rewards"]["accuracy"]) for group in wrong) / len(wrong),
+        "said": said(wrong),
+        "right_said": said(right),
         "weight": weight(wrong) / weight(groups),
     }
+
+
+# --------------------------------------------------------------------------------------------------
+# The walls
+
+
+def probe(base, paths):
+    """How often a linear function of the vision tower's output, its mean over the clip, names the
+    wall: least squares on half of the base's clips, told on the others."""
+    omni, clips = opened(base, paths["base"], "reasoning")
+    features, walls = [], []
+    for items in data.batches(clips, range(len(clips)), 35):
+        batch = data.encode(omni, clips, items)
+        features += [video.float().mean((0, 1)) for video in batch.video]
+        walls += [WALLS.index(example.extra["wall"]) for example in batch.examples]
+    x, y = torch.stack(features), torch.tensor(walls)
+    x = torch.cat([(x - x.mean(0)) / x.std(0), torch.ones(len(x), 1)], dim=1)
+    half = len(x) // 2
+    solution = torch.linalg.lstsq(x[:half], torch.nn.functional.one_hot(y[:half]).float()).solution
+    return ((x[half:] @ solution).argmax(1) == y[half:]).float().mean().item()
 
 
 # --------------------------------------------------------------------------------------------------
 # Jobs
 
 
+# What is run: worlds, arms, seeds. Five seeds where the arms differ, two where they are alike.
+ALL = tuple(STARTS_FROM)
+THREE = ("label_only", "label_cold", "grpo_think")
+TWO = ("label_only", "grpo_think")
+PLAN = [
+    (("wrong_0.0", "wrong_0.5", "confused_0.4"), ALL, 5),
+    (("rule",), ("cold_start", *THREE), 5),
+    (("films", "wrong_0.6"), THREE, 5),
+    (("wrong_0.4", "wrong_0.3", "wrong_0.2"), THREE, 2),
+    (("scene_1.0", "scene_0.9", "scene_0.0"), THREE, 2),
+    (("labelled_14", "labelled_42", "confused_0.2"), TWO, 2),
+    (("wrong_0.1",), TWO, 1),
+]
+QUICK = [(("wrong_0.0", "wrong_0.5"), TWO, 1), (("rule",), TWO, 1)]
+
+
+def jobs(choose=False, quick=False):
+    """Arguments of this script, a list for each job: seed by seed, what many need first."""
+    if choose:
+        return [
+            ("try", arm, lr, seed)
+            for arm, rates in LR_TRIED.items()
+            for lr in rates
+            for seed in LR_SEEDS[arm]
+        ]
+    if quick:
+        plan, found = QUICK, []
+    else:
+        plan = PLAN
+        found = [("wrong_0.0", "base", 0), ("rule", "base", 0), ("scene_0.0", "probe", 0)]
+    for seed in range(5):
+        if not quick:
+            found += [("wrong_0.0", "cold_start", seed), ("wrong_0.0", "words", seed)]
+        for worlds, arms, seeds in plan:
+            if seed < seeds:
+                found += [(world, arm, seed) for world in worlds for arm in arms]
+    return [("run", *job) for job in found]
+
+
+def result_file(world, arm, seed):
+    return OUT / world / f"{arm}_{seed}.json"
+
+
 def run(name, arm, seed):
     """One arm in one world, unless its result is there."""
-    result = OUT / name / f"{arm}_{seed}.json"
+    result = result_file(name, arm, seed)
     if result.exists():
         return
     result.parent.mkdir(parents=True, exist_ok=True)
-    world = WORLDS[name]
-    paths = make_world(CLIPS, world, seed)
-    models = starts(world, seed, paths)
-    if arm == "start":  # nothing but what comes before: clips and models
-        return
-    out = OUT / name / f"{arm}_{seed}"
-    if arm in models:  # the starts themselves
-        model = start = models[arm]
+    began, world = time.time(), WORLDS[name]
+    paths = world_paths(world, seed)
+    if arm == "probe":
+        scene = start_model("base", world, seed, paths)
+        figures = {"toy": probe(stages.BASE, paths), "scene": probe(scene, paths)}
+    elif arm in ("base", "cold_start", "words"):
+        model = start_model(arm, world, seed, paths)
+        figures = measure(model, model, world, paths, question_of(arm))
     else:
-        model, start = train(arm, world, seed, paths, models, out)
-    question = "reasoning" if arm in ("own_correct", "grpo_think", "cold_start", "base") else "label"
-    figures = measure(model, start, world, paths, question)
-    if arm in GRPO_LR:
-        figures["wrong"] = wrong_labels(out, paths["train"])
-    result.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        out = result.with_suffix("")
+        model, start = train(arm, world, seed, paths, out)
+        figures = measure(model, start, world, paths, question_of(arm))
+        if arm in GRPO_LR:
+            figures["wrong"] = wrong_labels(out, paths["train"])
+    figures["seconds"] = time.time() - began
+    write_json(result, figures)
+
+
+def try_lr(arm, lr, seed):
+    """The arm with this learning rate in LR_WORLD: its WAR on validation, noisy as training is."""
+    result = OUT / "lr" / f"{arm}_{lr}_{seed}.json"
+    if result.exists():
+        return
+    result.parent.mkdir(parents=True, exist_ok=True)
+    paths = world_paths(LR_WORLD, seed)
+    model, _ = train(arm, LR_WORLD, seed, paths, result.with_suffix(""), lr)
+    omni, clips = opened(model, paths["validation"], question_of(arm))
+    scores = score(evaluate(omni, clips, Settings(64, batch_size=35), "validation"))
+    write_json(result, {"war": scores["war"]})
+
+
+def question_of(arm):
+    """What a model that was trained so is asked."""
+    return "label" if arm in ("label_only", "label_cold", "grpo_answer", "words") else "reasoning"
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    listing = commands.add_parser("jobs", help="the other commands' arguments, a line for each job")
+    listing.add_argument("--quick", action="store_true", help="three worlds, two arms, one seed")
+    listing.add_argument("--choose", action="store_true", help="the learning rates to choose from")
+    one = commands.add_parser("run")
+    one.add_argument("world", choices=WORLDS)
+    one.add_argument("arm")
+    one.add_argument("seed", type=int)
+    trial = commands.add_parser("try")
+    trial.add_argument("arm", choices=LR_TRIED)
+    trial.add_argument("lr", type=float)
+    trial.add_argument("seed", type=int)
+    args = parser.parse_args()
+    if args.command == "jobs":
+        for job in jobs(args.choose, args.quick):
+            print(*job)
+    elif args.command == "run":
+        run(args.world, args.arm, args.seed)
+    elif args.command == "try":
+        try_lr(args.arm, args.lr, args.seed)
+
+
+if __name__ == "__main__":
+    main()

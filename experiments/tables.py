@@ -1,6 +1,6 @@
 """Write an experiment's table: experiments/NAME.md to be read, and NAME.json, which it is made of.
 
-    python experiments/tables.py table1           of what table1.sh has left in runs/table1
+    python experiments/tables.py table1           of what map.sh has left in runs/map
     python experiments/tables.py ablations        of what ablations.sh has left in runs/ablations
 
 Called by those scripts; a missing seed is an error. Each figure is the mean over seeds ± the
@@ -38,16 +38,32 @@ METHODS = {
     "cold_start": "cold start",
     "label_only": "label-only SFT",
     "rlvr": "RLVR (GRPO)",
+    "label_only_noisy": "label-only SFT, half of the labels wrong",
+    "rlvr_noisy": "RLVR (GRPO), half of the labels wrong",
+}
+# The methods' results among those of map.sh: world and arm.
+IN_THE_MAP = {
+    "base": ("wrong_0.0", "base"),
+    "cold_start": ("wrong_0.0", "cold_start"),
+    "label_only": ("wrong_0.0", "label_only"),
+    "rlvr": ("wrong_0.0", "grpo_think"),
+    "label_only_noisy": ("wrong_0.5", "label_only"),
+    "rlvr_noisy": ("wrong_0.5", "grpo_think"),
 }
 SPLITS = ("test", "test_ood", "swapped")
 MEDIA = ("video", "audio")
 
-# What toy.world.check_statements says of a completion -> the figure's name.
-STATED = {"face_true": "face true", "voice_true": "voice true", "follows": "answer follows"}
-SAMPLED = {"war": "accuracy", "format": "format", **STATED}
+# What is counted of the statements in <think> -> the figure's name.
+STATED = {
+    "face_true": "face true",
+    "voice_true": "voice true",
+    "eea": "EEA",
+    "epc": "EPC",
+    "fcr": "FCR",
+}
 
 RATES = [f"{split} {rate}" for split in SPLITS for rate in ("WAR", "UAR")]
-TRUE = [f"{how} {name}" for how in ("test", "test_ood", "sampled") for name in STATED.values()]
+TRUE = [f"{split} {name}" for split in ("test", "test_ood") for name in STATED.values()]
 ALONE = [f"{split} WAR, {medium} alone" for split in ("test", "test_ood") for medium in MEDIA]
 VARIANTS = [
     "test WAR",
@@ -66,7 +82,7 @@ FORMS = {"KL": "{:.3f}", "length": "{:.1f}"}
 QUOTED = [
     ("README.md", "table1", RATES[:5]),
     ("README.md", "ablations", ["test_ood WAR", "sampled accuracy", "face true", "KL"]),
-    ("docs/variants.md", "table1", TRUE[3:]),
+    ("docs/variants.md", "table1", TRUE[5:]),
     ("docs/variants.md", "table1", ALONE),
     ("docs/variants.md", "ablations", VARIANTS),
 ]
@@ -81,30 +97,28 @@ def read(path):
 
 
 def table1(folder):
-    """Results of table1.sh; a method's seed lies in the folder METHOD_SEED."""
+    """Table 1's part of map.sh's results."""
     results = {}
-    for method in METHODS:
-        for place in sorted(folder.glob(f"{method}_*")):
-            if place.is_dir():
-                seed = place.name.removeprefix(f"{method}_")
-                results.setdefault(method, {})[seed] = table1_row(place, method)
+    for method, (world, arm) in IN_THE_MAP.items():
+        for file in sorted((folder / world).glob(f"{arm}_[0-9].json")):
+            results.setdefault(method, {})[file.stem[-1]] = table1_row(read(file))
     return results
 
 
-def table1_row(place, method):
-    reasons = method != "label_only"  # that one states nothing
+def map_seconds(folder):
+    """How long map.sh took, with two of its jobs at a time."""
+    return sum(read(file).get("seconds", 0) for file in folder.glob("*/*_[0-9].json")) / 2
+
+
+def table1_row(figures):
     row = {}
     for split in SPLITS:
-        both = read(place / f"{split}.video_audio.json")["metrics"]
-        row[f"{split} WAR"], row[f"{split} UAR"] = both["war"], both["uar"]
+        found = figures[split]
+        row[f"{split} WAR"], row[f"{split} UAR"] = found["war"], found["uar"]
         for medium in MEDIA:
-            alone = read(place / f"{split}.{medium}.json")["metrics"]
-            row[f"{split} WAR, {medium} alone"] = alone["war"]
-        if reasons:
-            row |= {f"{split} {name}": both[key] for key, name in STATED.items()}
-    if reasons:
-        sampled = read(place / "sampled" / "test.json")["metrics"]
-        row |= {f"sampled {name}": sampled[key] for key, name in SAMPLED.items()}
+            if f"{medium}_alone" in found:
+                row[f"{split} WAR, {medium} alone"] = found[f"{medium}_alone"]
+        row |= {f"{split} {name}": found[key] for key, name in STATED.items() if key in found}
     return row
 
 
@@ -145,7 +159,7 @@ def check_complete(name, results, folder):
     distinct = {tuple(numbers) for numbers in seeds.values()}
     if set(seeds) != wanted or len(distinct) != 1:
         raise SystemExit(
-            f"error: {folder}: something is missing, there are only {seeds}; start {name}.sh again"
+            f"error: {folder}: something is missing, there are only {seeds}; start its script again"
         )
 
 
@@ -212,13 +226,12 @@ def table1_page(head, results):
         "# Table 1 in miniature\n",
         head,
         markdown_table(results, RATES),
-        "\nThe base is one, of seed 0, as the published one is one. The others: seeds 0 to 4.",
+        "\nThe base is one, of seed 0, as the published one is one. The others: seeds 0 to 4. "
+        "Clean labels, unless it says otherwise.",
         "\n## Is the reasoning true?\n",
-        "Statements in `<think>` about face and voice that are true, and answers that follow from "
-        "the statements, true or not; greedy on test and test_ood, and sampled at temperature 1 on "
-        "test.\n",
+        "Statements in `<think>` about face and voice that are true; and the emotion that follows "
+        "from them: is it the label (EEA), the answer (EPC), both (FCR)?\n",
         markdown_table(results, TRUE),
-        "\n" + markdown_table(results, ["sampled accuracy", "sampled format"]),
         "\n## Without one modality\n",
         "WAR with one medium taken out of prompt and input.\n",
         markdown_table(results, ALONE),
@@ -254,15 +267,19 @@ def main():
     )
     parser.add_argument("name", choices=("table1", "ablations"))
     name = parser.parse_args().name
-    folder = ROOT / "runs" / name
-    results = table1(folder) if name == "table1" else ablations(folder)
+    if name == "table1":
+        command, folder = "map.sh", ROOT / "runs" / "map"
+        results, seconds = table1(folder), map_seconds(folder)
+    else:
+        command, folder = "ablations.sh", ROOT / "runs" / name
+        results, seconds = ablations(folder), int((folder / "seconds").read_text())
     check_complete(name, results, folder)
     facts = {
-        "command": f"experiments/{name}.sh",
+        "command": f"experiments/{command}",
         "date": str(date.today()),
         "machine": processor(),
         "torch": torch.__version__,
-        "minutes": round(int((folder / "seconds").read_text()) / 60),
+        "minutes": round(seconds / 60),
         "results": results,
     }
     out, text = ROOT / "experiments", page(name, facts)

@@ -1,4 +1,4 @@
-"""What is said about a GRPO update: the check of the first, a line of metrics, its groups as text."""
+"""What is said about a GRPO update: the check of the first, a line of metrics, groups as text."""
 
 import json
 
@@ -105,7 +105,8 @@ def show_group(update, rollout):
 
 
 class CompletionLog:
-    """completions.jsonl in a run's folder: a line per group, of all updates; each rank its own file."""
+    """completions.jsonl in a run's folder: a line per group of every update. Each rank has its
+    own file."""
 
     def __init__(self, run):
         """What a resumed run will do again is cut off."""

@@ -12,6 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file
+
+import data
+import evaluate
+import train_grpo
+import train_sft
+from model import AudioTower, HumanOmni, VisionTower
 from runs import (
     CHECKPOINT,
     CLIPS,
@@ -21,16 +28,10 @@ from runs import (
     SFT,
     entry,
     read_metrics,
+    stop_in_update,
     without_times,
     write_manifest,
 )
-from safetensors.torch import load_file
-
-import data
-import evaluate
-import train_grpo
-import train_sft
-from model import AudioTower, HumanOmni, VisionTower
 from support import flags, updates
 from support.errors import DataError
 
@@ -134,6 +135,45 @@ def test_grpo_runs_end_to_end(manifest, tmp_path, beta, steps_per_rollout, capsy
     assert results["before"]["manifest"]["n"] == results["after"]["manifest"]["n"] == 6
     printed = capsys.readouterr().out
     assert "advantage" in printed and "WAR" in printed and "label: " in printed
+
+
+def test_without_thinking_the_label_is_asked_for_and_accuracy_is_the_reward(manifest, tmp_path):
+    out = tmp_path / "grpo"
+    lines = grpo(manifest, out, f"--updates 1 --no-think --val {manifest} --show-every 1")
+    config, _ = read_metrics(out)
+    assert config["config"]["question"] == "label"
+    assert "reward_format" not in lines[0] and lines[0]["reward"] == lines[0]["reward_accuracy"]
+    asked = train_grpo.read_config([*GRPO, "--data", manifest, "--no-think"])
+    assert flags.read_examples([manifest], asked)[0].question == data.QUESTION_LABEL
+    own = [*GRPO, "--data", manifest, "--no-think", "--question", "Which one?"]
+    assert train_grpo.read_config(own).question == "Which one?"
+
+
+def read_completions(out):
+    return [json.loads(line) for line in (out / "completions.jsonl").read_text().splitlines()]
+
+
+def test_completions_are_kept_on_request(manifest, tmp_path, monkeypatch):
+    """A line per group, the same ones after a run that was interrupted."""
+    monkeypatch.setitem(train_grpo.REWARDS, "variety", variety)
+    more = "--updates 4 --group 3 --save-every 2 --log-completions"
+    grpo(manifest, tmp_path / "whole", more)
+    groups = read_completions(tmp_path / "whole")
+    assert [group["update"] for group in groups] == [1, 1, 2, 2, 3, 3, 4, 4]
+    for group in groups:
+        assert group["label"] in LABELS and group["video"] in CLIPS
+        assert set(group["rewards"]) == {"accuracy", "format", "variety"}
+        for text, reward in zip(group["completions"], group["rewards"]["variety"]):
+            assert reward == pytest.approx(variety(text, ""))
+        assert len(group["completions"]) == len(group["advantages"]) == len(group["tokens"]) == 3
+        assert sum(group["advantages"]) == pytest.approx(0, abs=1e-4)
+    with monkeypatch.context() as patch:
+        stop_in_update(patch, 4)  # its completions are written, its state is not
+        with pytest.raises(KeyboardInterrupt):
+            grpo(manifest, tmp_path / "stopped", more)
+    assert len(read_completions(tmp_path / "stopped")) == 8
+    grpo(manifest, tmp_path / "stopped", more)
+    assert read_completions(tmp_path / "stopped") == groups
 
 
 @pytest.mark.parametrize("more", ["", "--kl reward", "--updates-per-rollout 2", "--no-std"])

@@ -16,6 +16,8 @@ from support.flags import load, parse_flags, read_examples
 from support.run import Run
 from toy import drawing, stages, world
 
+SPLITS = ("cold_start", "words", "train", "validation", "test", "test_ood", "swapped")
+
 
 def recorded(name):
     lines = (ROOT / "toy" / "base" / name).read_text().splitlines()
@@ -76,7 +78,13 @@ def trainings(tmp_path, monkeypatch):
         return {split: root / f"{split}.json" for split in splits}
 
     monkeypatch.setattr(train_sft, "main", main)
+
+    def make_world(root, world):
+        assert world == stages.World()  # the toy itself
+        return {split: root / f"{split}.json" for split in SPLITS}
+
     monkeypatch.setattr(stages, "make_clips", make_clips)
+    monkeypatch.setattr(stages, "make_world", make_world)
     monkeypatch.setattr(stages, "new_model", lambda root, seed: None)
     return command_lines
 
@@ -97,8 +105,7 @@ def test_a_cold_start_is_made_once_for_each_base(tmp_path, trainings, monkeypatc
     base.mkdir()
     (base / "model.safetensors").write_bytes(b"a base")
     monkeypatch.setattr(stages, "BASE", base)
-    splits = ["train", "validation", "test", "test_ood", "swapped"]
-    made = tmp_path / "cold_start_3", {name: tmp_path / f"{name}.json" for name in splits}
+    made = tmp_path / "cold_start_3", {name: tmp_path / f"{name}.json" for name in SPLITS}
     command_line = (
         "--model ROOT/base --data ROOT/cold_start.json --out ROOT/cold_start_3 "
         "--steps 240 --lr 1e-3 --seed 3"
@@ -111,9 +118,16 @@ def test_a_cold_start_is_made_once_for_each_base(tmp_path, trainings, monkeypatc
     assert trainings == 2 * [command_line]
 
 
+def test_the_cold_start_without_thinking(tmp_path, trainings):
+    model, _ = stages.prepare(3, tmp_path, think=False)
+    assert model == tmp_path / "words_3"
+    (command_line,) = trainings
+    assert "--data ROOT/words.json --out ROOT/words_3 --steps 240" in command_line
+
+
 def test_a_grpo_run_gets_what_it_was_not_given(monkeypatch):
     made = Path("cold"), {name: Path(f"{name}.json") for name in world.CLIP_SPLITS}
-    monkeypatch.setattr(stages, "prepare", lambda seed: made)
+    monkeypatch.setattr(stages, "prepare", lambda seed, think: made)
     config = parse_flags(train_grpo.Config, "", ["--val", "mine.json"])
     stages.fill_in(config)
     assert (config.model, config.data, config.val) == ("cold", ("train.json",), ["mine.json"])

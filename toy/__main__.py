@@ -1,6 +1,7 @@
 """The toy's command line; `toy/__init__.py` says what it does."""
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from support.flags import run_script
 from toy.drawing import RATE, draw_clip, make_clips
 from toy.stages import train_base
 from toy.world import EMOTIONS, SPLITS, make_manifest
+from toy.worlds import World, make_world
 
 
 def draw_sheet(path, seed=0, frames=6):
@@ -51,6 +53,14 @@ def draw_row(cells, emotion, split, seed):
         cell.axis("off")
 
 
+def share(text):
+    """A flag's value from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {text}")
+    return value
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m toy",
@@ -63,11 +73,24 @@ def main(argv=None):
     add("--splits", nargs="+", choices=SPLITS, default=list(SPLITS), help="which splits to make")
     add("--sheet", metavar="PNG", help="only draw a picture of the world to this file")
     add("--base", metavar="DIR", help="train the base model from nothing and write it there")
+    worlds = parser.add_argument_group("other worlds (toy/worlds.py)")
+    add = worlds.add_argument
+    add("--wrong", type=share, default=0.0, help="share of wrong labels in train and validation")
+    add("--confused", action="store_true", help="wrong as people are, not by any other emotion")
+    add("--labelled", type=int, default=0, help="clips to train on, a multiple of 7; 0: all")
+    add("--films", action="store_true", help="emotions in train as frequent as in films")
+    add("--rule", action="store_true", help="labels by a rule, some pairs only in test_unseen")
+    add("--scene", type=share, default=-1.0, help="share of train whose wall tells the label")
     args = parser.parse_args(argv)
     if args.base:
         return train_base(args.base, args.seed, args.out)
     if args.sheet:
         return draw_sheet(args.sheet, args.seed)
+    world = World(**{f.name: getattr(args, f.name) for f in fields(World)})
+    if world != World():
+        for split, manifest in make_world(args.out, world, args.seed).items():
+            print(f"{split:12}{manifest}")
+        return None
     for split, manifest in make_clips(args.out, args.splits, args.seed).items():
         size = sum(clip.stat().st_size for clip in (Path(args.out) / split).glob("*.mp4"))
         print(f"{manifest}: {SPLITS[split]} entries, {size / 1e6:.1f} MB of clips")

@@ -33,7 +33,7 @@ POSES = {  # mouth: curve  width  open | eye height | brow: height  slant (inner
 }
 # fmt: on
 EYE = 3  # the eye height's place in a pose
-# Walls with a name, for worlds in which they say something; elsewhere they have any colour.
+# Walls with a name, for worlds in which they tell something; elsewhere they have any colour.
 WALLS = {
     "red": (235, 120, 115),
     "orange": (240, 180, 110),
@@ -46,11 +46,11 @@ WALLS = {
 
 
 def draw_face(face, rng, ood=False, wall=None):
-    """-> frames uint8 (T, 96, 96, 3)."""
+    """-> frames uint8 (T, 96, 96, 3). wall: (2, 3), its colours, if not any."""
     T = int(rng.integers(20, 31))
     look = make_look(rng, ood)
-    if wall:
-        look.wall = np.array(WALLS[wall]) + rng.uniform(-12, 12, (2, 3))
+    if wall is not None:
+        look.wall = wall
     poses = act(face, T, rng)
     motion = sway(T, rng)
     parts = []
@@ -265,17 +265,20 @@ def draw_voice(voice, seconds, rng, ood=False):
 def draw_clip(entry):
     """A manifest entry -> frames uint8 (T, 96, 96, 3), waveform float32 (T * 1600,).
 
-    Face and voice have a random generator each, named by seed and clip: a swapped clip shows the
-    very face of the one test clip and has the very voice of the other.
+    Face, voice and wall have a random generator each, named by seed and clip: a swapped clip shows
+    the very face of the one test clip and has the very voice of the other.
     """
     ood = entry["video"].startswith("test_ood/")
-    frames = draw_face(entry["face"], part_rng(entry, "face"), ood, entry.get("wall"))
+    wall = None
+    if "wall" in entry:
+        wall = np.array(WALLS[entry["wall"]]) + part_rng(entry, "wall").uniform(-12, 12, (2, 3))
+    frames = draw_face(entry["face"], part_rng(entry, "face"), ood, wall)
     waveform = draw_voice(entry["voice"], len(frames) / FPS, part_rng(entry, "voice"), ood)
     return frames, waveform
 
 
 def part_rng(entry, part):
-    """The random generator of a clip's face or voice."""
+    """The random generator of a clip's face, voice or wall."""
     _, seed = entry["world"]
     clip = entry.get(f"{part}_from", entry["video"])
     return np.random.default_rng([seed, zlib.crc32(f"{clip} {part}".encode())])
@@ -309,8 +312,8 @@ def make_clips(root, splits=CLIP_SPLITS, seed=0):
 
 
 def write_split(root, name, entries):
-    """Writes root/{name}/{i:04d}.mp4, the clips that are this split's own, and, last, root/{name}.json,
-    whose path it returns.
+    """Writes the clips that are this split's own, root/{name}/{i:04d}.mp4, and, last,
+    root/{name}.json, whose path it returns.
 
     A manifest on disk means that its split is complete. One with these entries is kept as it is,
     another one of a toy is made anew, and for any other file of that name there is a DataError.

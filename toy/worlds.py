@@ -20,6 +20,7 @@ from collections import Counter
 from dataclasses import dataclass, fields
 
 from rewards import extract_answer
+from support.errors import require
 from toy.drawing import write_split
 from toy.world import (
     CAPTION_QUESTION,
@@ -28,6 +29,7 @@ from toy.world import (
     FACE_TEXT,
     LABEL_QUESTION,
     REASONING_QUESTION,
+    SPLITS,
     VOICE_TEXT,
     WORDS,
     Row,
@@ -47,8 +49,23 @@ class World:
     confused: bool = False  # wrong by CONFUSIONS, and not by any other emotion
     labelled: int = 0  # clips to train on, as many of each emotion; 0: all
     films: bool = False  # emotions in training and validation as frequent as in FILMS
-    rule: bool = False  # labels by RULE, on pairs of face and voice of which test_unseen has the others
-    scene: float = -1.0  # share of training clips whose wall tells the label; below 0: no such walls
+    rule: bool = (
+        False  # labels by RULE, on pairs of face and voice of which test_unseen has the others
+    )
+    scene: float = (
+        -1.0
+    )  # share of training clips whose wall tells the label; below 0: no such walls
+
+    def __post_init__(self):
+        require(
+            not self.rule or not (self.confused or self.films or self.scene >= 0),
+            "the rule's labels are not those of --confused, --films and --scene",
+        )
+        require(not self.films or not self.labelled, "--films says how many clips, --labelled too")
+        require(
+            0 <= self.labelled <= SPLITS["train"],
+            f"--labelled must be from 0 to {SPLITS['train']}, not {self.labelled}",
+        )
 
     @property
     def name(self):
@@ -166,15 +183,11 @@ def drawn_splits(world):
     splits = "cold_start train validation test test_ood swapped".split()
     drawn = {split: (split, make_manifest(split)) for split in splits}
     if world.scene >= 0:
-        walls = itertools.cycle(WALLS)
-        train = before_walls(label_rows("train"), world.scene, walls)
         drawn["base"] = make_split("scene_base", scene_captions())
-        drawn["train"] = make_split(f"scene_{world.scene}_train", train)
-        drawn["validation"] = make_split(
-            f"scene_{world.scene}_validation",
-            before_walls(label_rows("validation"), world.scene, walls),
-        )
-        drawn["test"] = make_split("scene_test", before_walls(label_rows("test"), 0, walls))
+        for split in ("train", "validation"):
+            rows = before_walls(label_rows(split), world.scene)
+            drawn[split] = make_split(f"scene_{world.scene}_{split}", rows)
+        drawn["test"] = make_split("scene_test", before_walls(label_rows("test"), 0))
     return drawn
 
 
@@ -213,14 +226,15 @@ def scene_captions():
     return rows
 
 
-def before_walls(rows, share, walls):
+def before_walls(rows, share):
     """The rows before walls: of each emotion this share before the wall that tells it, the others
-    before the next of `walls`."""
+    before all walls in turn."""
     count, placed = Counter(row.emotion for row in rows), Counter()
     for row in rows:
-        told = placed[row.emotion] < round(share * count[row.emotion])
+        place = placed[row.emotion]
+        told = place < round(share * count[row.emotion])
+        row.extra["wall"] = WALL_OF[row.emotion] if told else WALLS[place % len(WALLS)]
         placed[row.emotion] += 1
-        row.extra["wall"] = WALL_OF[row.emotion] if told else next(walls)
     return rows
 
 
@@ -250,7 +264,8 @@ def relabel(entries, world, seed):
     for emotion in sorted({entry["emotion"] for entry in entries}):
         of_it = [entry for entry in entries if entry["emotion"] == emotion]
         random.Random(f"wrong {emotion} {seed}").shuffle(of_it)
-        others = [other for other in EMOTIONS if other != emotion]
+        labels = RULE.values() if world.rule else EMOTIONS
+        others = [label for label in labels if label != emotion]
         for i, entry in enumerate(of_it[: round(world.wrong * len(of_it))]):
             label = CONFUSIONS[emotion] if world.confused else others[i % len(others)]
             entry["conversations"][1]["value"] = label
