@@ -2,6 +2,7 @@
 
     python evaluate.py --model DIR --data dfew.json mafw.json     WAR, UAR, recall, confusion
     python evaluate.py --model DIR --clip file.mp4                prints the completion
+    python evaluate.py --model DIR --clip a.mp4 folder/           also writes answers.jsonl
     python evaluate.py --table runs/evaluate/*/*.json             the paper's table from results
 
 Open vocabulary, as in the paper (section 4.2): the prompt lists no classes, the model names the
@@ -34,11 +35,12 @@ from data import QUESTION_REASONING, Example, batches, clips_of, completion_text
 from generate import Decoding, generate
 from grpo import completion_mask
 from model import HumanOmni
-from rewards import extract_answer, format_reward
+from rewards import extract_answer, extract_think, format_reward
 from show import confusion_counts, draw_confusion, draw_curves
 from support.custom import find_function
 from support.errors import DataError, naming, write_json
 from support.flags import Common, as_asked, flag, load, parse_flags, read_examples, run_script
+from support.lexicon import explanation_metrics
 from support.precision import autocast
 from support.ranks import RANK, WORLD, gather_from_ranks, on_first_rank, rank_file
 from support.sampler import sampler_of
@@ -167,9 +169,9 @@ ALIASES = {
 def score(rows, aliases=False):
     """Rows of `evaluate` -> metrics. With aliases, words of ALIASES count as what they stand for.
 
-    What a check said of the rows is averaged under its own names: of the toy it is known what the
-    paper can only ask (section 5.2), how often the statements in <think> are true, and how often
-    the answer follows from them, true or not."""
+    What a check said of the rows is averaged under its own names. Of the toy it is known what the
+    paper can only ask (section 5.2), how often the statements in <think> are true, and what follows
+    from them: its eea, epc and fcr take the place of those that support/lexicon.py counts."""
     if not rows:
         raise DataError("no clip could be evaluated")
     labels = [row["label"] for row in rows]
@@ -179,12 +181,18 @@ def score(rows, aliases=False):
         answers = [ALIASES.get(answer, answer) for answer in answers]
     count, pairs = Counter(labels), Counter(zip(labels, answers))
     recall = {label: pairs[label, label] / count[label] for label in sorted(count)}
+    given = Counter(answers)
     n = len(rows)
     metrics = {
         "n": len({row["index"] for row in rows}),  # clips; with --samples each has several rows
         "completions": n,
         "war": sum(pairs[label, label] for label in count) / n,
         "uar": sum(recall.values()) / len(recall),
+        # F1 = 2 TP / (2 TP + FN + FP), weighted by how frequent a class is
+        "weighted_f1": sum(
+            count[label] / n * 2 * pairs[label, label] / (count[label] + given[label])
+            for label in count
+        ),
         "recall": recall,
         "confusion": {
             label: {answer: k for (true, answer), k in sorted(pairs.items()) if true == label}
@@ -196,6 +204,7 @@ def score(rows, aliases=False):
         "truncated": sum(row["truncated"] for row in rows),
         "mean_length": sum(row["tokens"] for row in rows) / n,
     }
+    metrics |= explanation_metrics(rows)
     checks = [row["checks"] for row in rows if row.get("checks")]
     for name in checks[0] if checks else ():
         metrics[name] = sum(check[name] for check in checks) / len(checks)
@@ -217,8 +226,8 @@ def report(metrics):
         several = f" ({metrics['completions']} completions)"
     lines = [
         f"n {metrics['n']}{several}   WAR {100 * metrics['war']:.2f}   "
-        f"UAR {100 * metrics['uar']:.2f}   format {percent(metrics['format'])}   "
-        f"mean length {metrics['mean_length']:.1f} tokens",
+        f"UAR {100 * metrics['uar']:.2f}   weighted F1 {100 * metrics['weighted_f1']:.2f}   "
+        f"format {percent(metrics['format'])}   mean length {metrics['mean_length']:.1f} tokens",
         f"unknown words {metrics['unknown']}   unformatted {metrics['unformatted']}   "
         f"truncated {metrics['truncated']}",
     ]
@@ -241,6 +250,7 @@ KNOWN_METRICS = {
     "completions",
     "war",
     "uar",
+    "weighted_f1",
     "recall",
     "confusion",
     "unknown",
@@ -401,7 +411,7 @@ class RunEvaluation:
 
 @dataclass
 class Config(Common):
-    clip: str = flag("", "one media file to answer about, instead of --data")
+    clip: tuple = flag((), "media files, or folders of them, to answer about, instead of --data")
     out: str = flag("runs/evaluate", "folder for the results")
     temperature: float = flag(0.0, "0 is greedy", least=0, most=100)
     top_p: float = flag(1.0, "nucleus sampling, with a temperature; up to 1", above=0, most=1)
@@ -431,15 +441,11 @@ def settings_of(config):
     return Settings(**{name: getattr(config, name) for name in names}, check=check)
 
 
-def log_header(config, manifest):
-    """All that the rows of an evaluation depend on, JSON-able."""
+def log_header(config):
+    """All that the rows of an evaluation depend on beside the clips, JSON-able."""
     weights = Path(config.model).glob("*.safetensors")
-    header = {
-        "manifest": str(manifest),
-        "manifest_checksum": zlib.crc32(Path(manifest).read_bytes()),
-        # A retrained model is another model.
-        "weights_changed": max((file.stat().st_mtime for file in weights), default=0),
-    }
+    # A retrained model is another model.
+    header = {"weights_changed": max((file.stat().st_mtime for file in weights), default=0)}
     header |= {key: value for key, value in asdict(config).items() if key not in RESUME_WITH}
     if config.temperature:  # then the batch decides what is drawn
         header["batch_size"] = config.batch_size
@@ -473,7 +479,9 @@ def start_log(path, header):
 
 def evaluate_manifest(omni, config, manifest, name):
     """Evaluate one manifest and write its results -> metrics."""
-    out, header = Path(config.out), log_header(config, manifest)
+    out = Path(config.out)
+    checksum = zlib.crc32(Path(manifest).read_bytes())
+    header = {"manifest": str(manifest), "manifest_checksum": checksum, **log_header(config)}
     out.mkdir(parents=True, exist_ok=True)
     log = on_first_rank(lambda: start_log(out / f"{name}.partial.jsonl", header))
     skip_log = None
@@ -500,13 +508,79 @@ def evaluate_manifest(omni, config, manifest, name):
     return metrics
 
 
-def answer_clip(omni, config):
-    """Print what the model says of one clip."""
-    example = Example(Path(config.clip), QUESTION_REASONING, "", "video_audio")
-    clips = clips_of(omni.model, [as_asked(example, config)], config.fit)
-    # For one prompt compiling would take longer than answering.
-    for row in evaluate(omni, clips, replace(settings_of(config), batch_size=1, compile=False)):
-        print(row["completion"])
+def ask(omni, config, files, log=None, skip_log=None):
+    """What the model says of media files: a row of `evaluate` for each."""
+    example = as_asked(Example(Path(), QUESTION_REASONING, "", "video_audio"), config)
+    clips = clips_of(omni.model, [replace(example, video=Path(f)) for f in files], config.fit)
+    settings = settings_of(config)
+    if len(files) == 1:  # compiling would take longer than answering
+        settings = replace(settings, batch_size=1, compile=False)
+    return evaluate(omni, clips, settings, "answer", log, skip_log)
+
+
+def answerer(folder, **flags):
+    """A checkpoint, ready to be asked about clips.
+
+        answer = answerer("runs/grpo/best")
+        think, word = answer("clip.mp4")
+        answers = answer(["a.mp4", "b.mp4"])    # a list of such pairs
+
+    flags: this script's, as question="label" or device="cpu". Raises ClipError for a file that
+    cannot be used."""
+    config = Config(model=str(folder), **flags)
+    omni = load(config, dtype=None)
+
+    def answer(clips):
+        one = isinstance(clips, (str, os.PathLike))
+        rows = ask(omni, config, [clips] if one else list(clips))
+        pairs = [(extract_think(text), extract_answer(text)) for text in completions(rows)]
+        return pairs[0] if one else pairs
+
+    return answer
+
+
+def completions(rows):
+    return [row["completion"] for row in rows]
+
+
+MEDIA = set(".mp4 .avi .mkv .mov .webm .flv .mpg .mpeg .m4v .wmv .ts .wav .mp3 .m4a .flac".split())
+
+
+def files_of(clips):
+    """Files and folders -> files, those of a folder in the order of their names."""
+    files = []
+    for clip in map(Path, clips):
+        found = [clip]
+        if clip.is_dir():
+            found = sorted(file for file in clip.iterdir() if file.suffix.lower() in MEDIA)
+            if not found:
+                raise DataError(f"{clip}: holds no media file ({' '.join(sorted(MEDIA))})")
+        files += found
+    return files
+
+
+def answer_clips(omni, config):
+    """Print what the model says of each clip; of several, also write it to --out."""
+    files, out = files_of(config.clip), Path(config.out)
+    if len(files) == 1:
+        print(completions(ask(omni, config, files))[0])
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    header = log_header(config) | {"clips": list(map(str, files))}
+    log = on_first_rank(lambda: start_log(out / "answers.partial.jsonl", header))
+    skip_log = rank_file(out / "answers.skipped.txt") if config.on_bad_clip == "skip" else None
+    rows = ask(omni, config, files, log, skip_log)
+    lines = []
+    for row in rows:
+        text = row["completion"]
+        said = {"think": extract_think(text), "answer": extract_answer(text), "completion": text}
+        lines.append(json.dumps({"clip": row["video"], **said}, ensure_ascii=False) + "\n")
+        print(f"{row['video']}\n{text}\n")
+    answers = out / "answers.jsonl"
+    with naming(answers):
+        on_first_rank(lambda: answers.write_text("".join(lines), encoding="utf-8"))
+    rank_file(log).unlink(missing_ok=True)  # not before the answers are there
+    print(f"written to {answers}")
 
 
 def tasks_of(config):
@@ -548,7 +622,7 @@ def main(argv=None):
         check_result(Path(config.out) / f"{name}.json", manifest)
     omni = load(config, dtype=None)
     if config.clip:
-        answer_clip(omni, config)
+        answer_clips(omni, config)
         return
     lines = [f"{'':32}{'WAR':>8}{'UAR':>8}{'n':>8}{'unknown':>9}{'unformatted':>13}"]
     for name, (manifest, asked) in tasks.items():

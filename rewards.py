@@ -12,6 +12,7 @@ import unicodedata
 _FORMAT = re.compile(r"<think>.*</think>\s*<answer>.*</answer>", re.DOTALL)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
+_THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 # An answer that holds no other: of nested ones, the innermost.
 _ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 
@@ -44,6 +45,12 @@ def extract_answer(completion):
     whole, so that label-only models are scored by the same rule."""
     answers = _ANSWER.findall(completion)
     return normalise(answers[-1] if answers else completion)
+
+
+def extract_think(completion):
+    """The text inside the first <think>...</think>, as it is; "" if there is none."""
+    found = _THINK.search(completion)
+    return found[1] if found else ""
 
 
 def normalise(text):

@@ -85,6 +85,7 @@ class Config(TrainingFlags):  # and those: model, data, seed, workers, saving, .
     # variants
     kl: str = flag("loss", "where the KL counts; k3 or k1", choices=("loss", "reward"))
     std: bool = flag(True, "divide advantages by the group's std; --no-std is Dr. GRPO's")
+    gdpo: bool = flag(False, "normalise each reward within its group before the sum (GDPO)")
     token_mean: bool = flag(False, "average the loss over all tokens, not completions (DAPO)")
     clip_high: float = flag(0.0, "the clip above 1, if not --clip-eps (DAPO: 0.28)", least=0)
     mask_truncated: bool = flag(False, "completions that are cut off get no gradient (DAPO)")
@@ -172,7 +173,10 @@ def logps_without_gradient(model, rollout, config):
 
 def advantages_of(rollout, config):
     """4. How much better than its group is each completion? (eq. 4) -> (B, G) float32."""
-    reward = sum(rollout.rewards.values())  # eq. 5
+    rewards = rollout.rewards.values()
+    if config.gdpo:  # each in its own standard deviations
+        return sum(group_advantages(values, scale=config.std) for values in rewards)
+    reward = sum(rewards)  # eq. 5
     if config.kl == "reward":
         logps = (rollout.old_logps.cpu(), rollout.ref_logps.cpu())
         reward = kl_in_reward(reward, *logps, rollout.mask, config.beta)
@@ -255,6 +259,10 @@ def read_config(argv):
     config = parse_flags(Config, __doc__, argv, {"paper": PAPER})
     if config.kl == "reward" and not config.beta:
         raise DataError("--kl reward needs a --beta above 0")
+    if config.gdpo and config.kl == "reward":
+        raise DataError(
+            "--gdpo normalises each reward by itself; a KL in the reward is none of them"
+        )
     if not config.think and config.question == "reasoning":
         config.question = "label"
     if not config.model:

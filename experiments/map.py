@@ -60,7 +60,7 @@ ALONE_IN = (World(), World(wrong=0.5))
 STEPS, ROLLOUTS, BATCH = 150, 75, 16
 # Learning rates, each the best of those tried by WAR on validation, which is as noisy as training.
 # GRPO's with <think> is the default, chosen before in the toy itself (stability.md).
-SFT_LR = {"label_only": 1e-3, "label_cold": 1e-3, "own_correct": 1e-3}
+SFT_LR = {"label_only": 3e-3, "label_cold": 1e-3, "own_correct": 1e-3}
 GRPO_LR = {"grpo_answer": 2e-4, "grpo_think": 2e-4}
 LR_WORLD = World(wrong=0.5)
 LR_SEEDS = dict.fromkeys(("own_correct", "grpo_answer"), (10, 11))

@@ -461,8 +461,8 @@ def page(facts):
         "label; EPC: it is the answer; FCR: both.\n",
         reasoning_table(results),
         "## Face and voice\n",
-        "`swapped` clips have one clip's face and another's voice. What is answered: the emotion of "
-        "the two together, that of the face's clip, that of the voice's.\n",
+        "`swapped` clips have one clip's face and another's voice. What is answered: the emotion "
+        "of the two together, that of the face's clip, that of the voice's.\n",
         swapped_table(results),
         "## How far from the start\n",
         "KL from the model that training started from, in nats per completion, on `test`.\n",

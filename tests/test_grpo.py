@@ -2,11 +2,13 @@
 one."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import relative_error
 
+import train_grpo
 from grpo import (
     completion_logps,
     completion_mask,
@@ -17,6 +19,8 @@ from grpo import (
     per_token_kl,
     token_logps,
 )
+from support.errors import DataError
+from train_grpo import advantages_of
 from train_sft import set_trainable
 
 LOG2 = math.log(2)
@@ -31,6 +35,27 @@ def test_advantages_by_hand():
     std = math.sqrt(2 / 3) + 1e-4
     assert torch.allclose(advantages, torch.tensor([[-1 / std, 0, 1 / std, 0], [0, 0, 0, 0]]))
     assert (advantages[1] == 0).all()  # equal rewards teach nothing, exactly
+
+
+def test_each_reward_in_its_own_standard_deviations_by_hand():
+    """GDPO tells apart what a sum does not: right without the format, and the format without being
+    right."""
+    accuracy = torch.tensor([[1.0, 0.0, 0.0, 0.0]])  # mean 1/4, unbiased variance 1/4
+    form = torch.tensor([[0.0, 1.0, 1.0, 0.0]])  # mean 1/2, unbiased variance 1/3
+    rollout = SimpleNamespace(rewards={"accuracy": accuracy, "format": form})
+    a, f = 1 / (0.5 + 1e-4), 1 / (math.sqrt(1 / 3) + 1e-4)
+    expected = [0.75 * a - 0.5 * f, -0.25 * a + 0.5 * f, -0.25 * a + 0.5 * f, -0.25 * a - 0.5 * f]
+    advantages = advantages_of(rollout, train_grpo.Config(gdpo=True))
+    assert torch.allclose(advantages, torch.tensor([expected]))
+    together = advantages_of(rollout, train_grpo.Config())
+    assert together[0, 0] == together[0, 1] and advantages[0, 0] > advantages[0, 1] + 0.25
+    plain = advantages_of(rollout, train_grpo.Config(gdpo=True, std=False))
+    assert torch.allclose(plain, torch.tensor([[0.25, 0.25, 0.25, -0.75]]))
+
+
+def test_gdpo_and_a_kl_in_the_reward_are_not_for_each_other():
+    with pytest.raises(DataError, match="--gdpo"):
+        train_grpo.read_config(["--gdpo", "--kl", "reward"])
 
 
 @pytest.mark.parametrize("rewards", [torch.ones(3, 1), torch.ones(3), torch.ones(2, 0)])

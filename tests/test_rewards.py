@@ -2,7 +2,7 @@
 
 import pytest
 
-from rewards import accuracy_reward, extract_answer, format_reward, normalise
+from rewards import accuracy_reward, extract_answer, extract_think, format_reward, normalise
 
 
 @pytest.mark.parametrize(
@@ -134,3 +134,9 @@ def test_an_empty_answer_is_never_right(empty):
     for label in ("", empty, "happy"):
         assert accuracy_reward(f"<think>t</think><answer>{empty}</answer>", label) == 0.0
         assert accuracy_reward(empty, label) == 0.0
+
+
+def test_thinking_is_what_stands_in_the_first_pair_of_tags():
+    assert extract_think("<think>\nshe smiles </think><answer>happy</answer>") == "\nshe smiles "
+    assert extract_think("<think>a</think> <think>b</think>") == "a"
+    assert extract_think("<think>cut off") == extract_think("happy") == ""

@@ -597,6 +597,35 @@ def test_evaluate_a_manifest_and_a_clip(manifest, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == result["completions"][0]["completion"].strip()
 
 
+def test_clips_are_answered_in_python_and_from_the_command_line(tmp_path, capsys):
+    """One clip, a list, a folder: the same answers, which JSON lines hold as well."""
+    quick = {"max_new_tokens": 5, "workers": 0, "device": "cpu"}
+    answer = evaluate.answerer(CHECKPOINT, **quick)
+    think, word = answer(CLIPS[0])
+    assert (think, word) == answer([Path(CLIPS[0])])[0]
+    both = answer(CLIPS)
+    assert both[0] == (think, word) and len(both) == 2
+    assert evaluate.answerer(CHECKPOINT, question="label", **quick)(CLIPS[0]) != (think, word)
+    with pytest.raises(DataError, match="nowhere.mp4"):
+        answer("nowhere.mp4")
+
+    folder, out = tmp_path / "folder", tmp_path / "out"
+    folder.mkdir()
+    for clip in CLIPS:
+        shutil.copy(clip, folder)
+    (folder / "notes.txt").write_text("no clip")
+    evaluate.main([*EVALUATE, "--clip", str(folder), "--max-new-tokens", "5", "--out", str(out)])
+    lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert [Path(line["clip"]).name for line in lines] == sorted(Path(c).name for c in CLIPS)
+    assert [(line["think"], line["answer"]) for line in lines] == both
+    printed = capsys.readouterr().out
+    assert all(line["clip"] in printed and line["completion"] in printed for line in lines)
+    assert [file.name for file in out.iterdir()] == ["answers.jsonl"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty: holds no media file"):
+        evaluate.main([*EVALUATE, "--clip", str(tmp_path / "empty")])
+
+
 @pytest.fixture
 def stopped_evaluation(manifest, tmp_path, monkeypatch):
     """An evaluation that was interrupted in its second batch -> its flags, and the sizes of all

@@ -119,17 +119,18 @@ def test_check_statements():
         completion = world.reasoned(face, voice, word)
         return world.check_statements({"completion": completion, "label": "fear", "extra": extra})
 
-    def found(face_true, voice_true, follows):
-        return {"face_true": face_true, "voice_true": voice_true, "follows": follows}
+    def found(face_true, voice_true, eea, epc, fcr):
+        return dict(face_true=face_true, voice_true=voice_true, eea=eea, epc=epc, fcr=fcr)
 
-    assert check("wide", "trembling", "scared") == found(True, True, True)
-    assert check("wide", "trembling", "surprise") == found(True, True, False)
-    assert check("wide", "high_fast", "surprise") == found(True, False, True)
-    assert check("flat", "trembling", "fear") == found(False, True, False)
+    assert check("wide", "trembling", "fear") == found(True, True, True, True, True)
+    assert check("wide", "trembling", "scared") == found(True, True, True, True, False)
+    assert check("wide", "trembling", "surprise") == found(True, True, True, False, False)
+    assert check("wide", "high_fast", "surprise") == found(True, False, False, True, False)
+    assert check("flat", "trembling", "fear") == found(False, True, False, False, False)
     assert check("wide", "trembling", "fear", {}) == {}  # another data set
     assert check("wide", "trembling", "fear", {"face": "wide"}) == {}
     row = {"completion": "<answer>fear</answer>", "label": "fear", "extra": entry}
-    assert world.check_statements(row) == found(False, False, False)
+    assert world.check_statements(row) == found(False, False, False, False, False)
 
 
 # --- manifests

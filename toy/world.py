@@ -121,18 +121,23 @@ def check_statements(row):
     of a completion true, and does its answer follow from them, true or not?
 
     row: a dict with "completion", "label" and "extra", the further keys of its manifest entry.
-    Returns {"face_true", "voice_true", "follows"}, bools; {} where the entry does not say what face
-    and voice do.
+    Returns {"face_true", "voice_true", "eea", "epc", "fcr"}, bools: the statements are true; the
+    emotion that follows from them is the label, is what the answer means, and both with the answer
+    right. {} where the entry does not say what face and voice do.
     """
     extra = row["extra"]
     if "face" not in extra or "voice" not in extra:
         return {}
     completion = row["completion"]
     face, voice = read_statements(completion)
+    answer, label = extract_answer(completion), row["label"]
+    right = EMOTION_OF.get((face, voice)) == label
     return {
         "face_true": face == extra["face"],
         "voice_true": voice == extra["voice"],
-        "follows": follows(completion, extract_answer(completion)),
+        "eea": right,
+        "epc": follows(completion, answer),
+        "fcr": right and answer == label,
     }
 
 
