@@ -13,7 +13,7 @@
 buffers, on a GPU the step as a CUDA graph. `generate` makes one for a single call.
 
 Shapes: B prompts · G completions per prompt · R = B*G rows · P prompt length · C completion length
-· D width · V vocabulary. This file needs torch, grpo.py and kv_cache.py.
+· D width · V vocabulary. This file needs torch, grpo.py and support/kv_cache.py.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from grpo import completion_mask
-from kv_cache import LayerCache
+from support.kv_cache import LayerCache
 
 BLOCK = 512  # words of the vocabulary that `draw` looks at together
 

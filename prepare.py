@@ -4,6 +4,9 @@
     python prepare.py mafw    --root MAFW --split test  --fold 1 --out mafw_test.json
     python prepare.py ravdess --root RAVDESS --actors 21-24 --out ravdess.json
     python prepare.py emer    --root EMER --csv gt-eng.csv --videos MER2023/video --out emer.json
+    python prepare.py cremad  --root CREMA-D --actors 1001-1070 --out cremad_train.json
+    python prepare.py meld    --root MELD.Raw --split test --out meld_test.json
+    python prepare.py mer     --root MER2026 --csv MER2026/track1_train.csv --out mer.json
 
 What is expected in --root:
 
@@ -21,15 +24,24 @@ What is expected in --root:
                answer is the last emotion word of the English text (EMOTION_WORDS below; 265 of
                the 332 published texts have one). Texts without an answer are counted and left
                out. Clips are name.mp4 or .avi, ... in --videos, or else in --root.
+    cremad     VideoFlash/1001_DFA_ANG_XX.flv, ...; actors 1001 to 1091, chosen as for ravdess
+    meld       train_sent_emo.csv with columns Emotion,Dialogue_ID,Utterance_ID and others;
+               train_splits/dia0_utt0.mp4, ... Also dev_sent_emo.csv with dev_splits_complete/,
+               and test_sent_emo.csv with output_repeated_splits_test/
+    mer        MER2025 or MER2026: one csv file, or several and --csv, with columns name,discrete;
+               or name,openset, words of which the emotion words have to agree on one label:
+               other rows are counted and left out. Clips are name.mp4 or .avi, ... in --videos,
+               or else in video/
 
-dfew, mafw and ravdess have labels only: a prompt that asks for reasoning, and the label to reward
-(--question label: the prompt for models that only name the emotion). emer has reasoning to imitate:
-<think>text</think> and <answer>word</answer> (--question label: the word alone).
+emer has reasoning to imitate: <think>text</think> and <answer>word</answer> (--question label: the
+word alone). The others have labels only: a prompt that asks for reasoning, and the label to reward
+(--question label: the prompt for models that only name the emotion).
 
 Paths in the manifest are relative to the manifest's own folder, so the other scripts need no
 --media-root; keep it where it was written. A clip that is listed but not there is an error, or left
 out with --skip-missing. Whether a clip can be decoded is not looked at: 21 clips of mafw have no
-sound.
+sound. Five clips of cremad and meld are known to be broken (BROKEN below); they are left out, unless
+--keep-broken is given.
 
 To add a data set, write one function that yields (clip, label) or (clip, (reasoning, word)), and
 name it in SETS; its parameters after root are the flags it takes, required if without a default.
@@ -82,8 +94,39 @@ RAVDESS_LABELS = {
     "07": "disgust",
     "08": "surprise",
 }
-# The label words of the sets above, and worried. Not calm and neutral, which mostly describe voices
-# and faces.
+CREMAD_LABELS = {
+    "ANG": "angry",
+    "DIS": "disgust",
+    "FEA": "fear",
+    "HAP": "happy",
+    "NEU": "neutral",
+    "SAD": "sad",
+}
+MELD_LABELS = {
+    "anger": "angry",
+    "disgust": "disgust",
+    "fear": "fear",
+    "joy": "happy",
+    "neutral": "neutral",
+    "sadness": "sad",
+    "surprise": "surprise",
+}
+MER_LABELS = {word: word for word in ("neutral", "angry", "happy", "sad", "worried", "surprise")}
+RAVDESS_ACTORS, CREMAD_ACTORS = range(1, 24 + 1), range(1001, 1091 + 1)
+MELD_FOLDERS = {
+    "train": "train_splits",
+    "dev": "dev_splits_complete",
+    "test": "output_repeated_splits_test",
+}
+# Published, but not what their names say: CREMA-D's README lists four, MELD's issue 39 the last.
+BROKEN = {
+    "VideoFlash/1064_IEO_DIS_MD.flv": "one minute, with all emotions",
+    "VideoFlash/1064_TIE_SAD_XX.flv": "has no duration",
+    "VideoFlash/1076_MTI_NEU_XX.flv": "very short, no sound",
+    "VideoFlash/1076_MTI_SAD_XX.flv": "very short, no sound, an error as its picture",
+    "train_splits/dia125_utt3.mp4": "cannot be opened",
+}
+# The label words of the sets above. Not calm and neutral, which mostly describe voices and faces.
 EMOTION_WORDS = {
     "happy": "happy happily happiness joy joyful",
     "sad": "sad sadly sadness sorrow sorrowful",
@@ -99,6 +142,7 @@ EMOTION_WORDS = {
 }
 LABEL_OF = {form: label for label, forms in EMOTION_WORDS.items() for form in forms.split()}
 EMER_COLUMNS = [("names", "emotions", "reasons"), ("name", "english"), ("names", "english")]
+MER_COLUMNS = [("name", "discrete"), ("name", "openset")]
 VIDEO_ENDINGS = [".mp4", ".avi", ".mkv", ".webm", ".flv"]
 
 # ------------------------------------------------------------------------------------------------
@@ -149,9 +193,28 @@ def label_of(code, labels, where):
     return labels[code]
 
 
-def check_fold(fold):
+def number_in(row, column, where):
+    text = row[column].strip()
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise DataError(f"{where}: {column} {text!r} should be a whole number")
+    return int(text)
+
+
+def check_split(split, fold):
+    if split not in ("train", "test"):
+        raise DataError(f"--split {split}: there are train and test")
     if not 1 <= fold <= 5:
         raise DataError(f"--fold {fold}: there are folds 1 to 5")
+
+
+def csv_file(root, csv):
+    """The file that --csv names, or else the only one in root."""
+    if csv is not None:
+        return Path(csv)
+    tables = sorted(root.glob("*.csv"))
+    if len(tables) != 1:
+        raise DataError(f"{root}: holds {len(tables)} csv files; say which one with --csv")
+    return tables[0]
 
 
 def first_existing(folder, names):
@@ -160,24 +223,69 @@ def first_existing(folder, names):
     return next((path for path in paths if is_file(path)), paths[0])
 
 
+def clip_named(name, folder, where):
+    """The clip of this name, whatever its ending."""
+    name = name.strip()
+    if not name:
+        raise DataError(f"{where}: the clip's name is empty")
+    if Path(name).suffix in VIDEO_ENDINGS:
+        return folder / name
+    return first_existing(folder, [name + ending for ending in VIDEO_ENDINGS])
+
+
+def check_name(right, clip, example):
+    if not right:
+        raise DataError(
+            f"{clip}: name should be {example}; is it from this data set? If not, move it away"
+        )
+
+
+def chosen_actors(actors, known, present, root):
+    """The numbers that --actors names, or else all that are present.
+
+    known: a range, the data set's actors. Raises DataError for one that is not present."""
+    if actors is None:
+        return sorted(present)
+    wanted = actor_numbers(",".join(actors), known)
+    for actor in wanted:
+        if actor not in present:
+            raise DataError(
+                f"{root}: has no clips of actor {actor}; unpack them, or leave it out of --actors"
+            )
+    return wanted
+
+
+def actor_numbers(text, known):
+    """Text such as "1-3,21" -> [1, 2, 3, 21]."""
+    numbers = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,4})(?:-([0-9]{1,4}))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not known[0] <= first <= last <= known[-1]:
+            raise DataError(
+                f"--actors {text}: {part!r} is no actor or range from {known[0]} to {known[-1]}, "
+                f"such as {known[0]}-{known[19]} or {known[20]},{known[21]},{known[-1]}"
+            )
+        numbers |= set(range(first, last + 1))
+    return sorted(numbers)
+
+
 # ------------------------------------------------------------------------------------------------
 # One function per data set
 
 
 def dfew(root, split, fold=1):
-    check_fold(fold)
+    check_split(split, fold)
     clips = root / "Clip" / "original"
     table = root / "EmoLabel_DataSplit" / f"{split}(single-labeled)" / f"set_{fold}.csv"
     for where, row in read_csv(table, [("video_name", "label")]):
-        name = row["video_name"].strip()
-        if not re.fullmatch("[0-9]{1,9}", name):
-            raise DataError(f"{where}: video_name {name!r} should be the number of a clip")
-        clip = first_existing(clips, [f"{int(name):05d}.mp4", f"{int(name)}.mp4"])
+        number = number_in(row, "video_name", where)
+        clip = first_existing(clips, [f"{number:05d}.mp4", f"{number}.mp4"])
         yield clip, label_of(row["label"].strip(), DFEW_LABELS, where)
 
 
 def mafw(root, split, fold=1):
-    check_fold(fold)
+    check_split(split, fold)
     path = root / "Train & Test Set" / "single" / "no_caption" / f"set_{fold}" / f"{split}.txt"
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         where, words = f"{path}: line {number}", line.split()
@@ -190,26 +298,21 @@ def mafw(root, split, fold=1):
 
 
 def ravdess(root, actors=None):
-    present = {int(folder.name[-2:]) for folder in root.glob("Actor_[0-9][0-9]")}
-    if not present:
+    folders = {int(folder.name[-2:]): folder for folder in root.glob("Actor_[0-9][0-9]")}
+    if not folders:
         raise DataError(f"{root}: holds no folder Actor_01 or the like; is --root right?")
-    wanted = sorted(present) if actors is None else actor_numbers(",".join(actors))
-    for actor in wanted:
-        if actor not in present:
-            raise DataError(
-                f"{root}: has no folder Actor_{actor:02d}; unpack it, or leave it out of --actors"
-            )
-        folder = root / f"Actor_{actor:02d}"
+    for actor in chosen_actors(actors, RAVDESS_ACTORS, folders, root):
         found = 0
-        # Not ._*.mp4, which macOS leaves in folders.
-        for clip in sorted(folder.glob("[!.]*.mp4")):
+        for clip in sorted(folders[actor].glob("[!.]*.mp4")):
             modality, channel, emotion = ravdess_fields(clip, actor)
             # Sound and picture, not one of them; speech, not song.
             if modality == "01" and channel == "01":
                 found += 1
                 yield clip, label_of(emotion, RAVDESS_LABELS, clip)
         if found != 60:
-            print(f"note: {folder} holds {found} speech clips with sound, the published one 60")
+            print(
+                f"note: {folders[actor]} holds {found} speech clips with sound, the published one 60"
+            )
 
 
 def ravdess_fields(clip, actor):
@@ -218,51 +321,56 @@ def ravdess_fields(clip, actor):
     Intensity, statement, repetition and actor follow.
     """
     fields = clip.stem.split("-")
-    if not re.fullmatch(r"[0-9]{2}(-[0-9]{2}){6}", clip.stem) or int(fields[6]) != actor:
-        raise DataError(
-            f"{clip}: name should be seven two-digit numbers, the last of them {actor:02d}; "
-            "is it from this data set? If not, move it away"
-        )
+    right = re.fullmatch(r"[0-9]{2}(-[0-9]{2}){6}", clip.stem) and int(fields[6]) == actor
+    check_name(right, clip, f"seven two-digit numbers, the last of them {actor:02d}")
     return fields[:3]
 
 
-def actor_numbers(text):
-    """Text such as "1-3,21" -> [1, 2, 3, 21]."""
-    numbers = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*([0-9]{1,4})(?:-([0-9]{1,4}))?\s*", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if not 1 <= first <= last <= 24:
-            raise DataError(
-                f"--actors {text}: {part!r} is no actor or range from 1 to 24, "
-                "such as 1-20 or 21,22,24"
-            )
-        numbers |= set(range(first, last + 1))
-    return sorted(numbers)
+def cremad(root, actors=None):
+    clips = sorted((root / "VideoFlash").glob("[!.]*.flv"))
+    if not clips:
+        raise DataError(
+            f"{root}: holds no VideoFlash/1001_DFA_ANG_XX.flv or the like; is --root right?"
+        )
+    if len(clips) != 7442:
+        print(f"note: {root / 'VideoFlash'} holds {len(clips)} clips, the published one 7442")
+    fields = [cremad_fields(clip) for clip in clips]
+    wanted = chosen_actors(actors, CREMAD_ACTORS, {actor for actor, _ in fields}, root)
+    for clip, (actor, emotion) in zip(clips, fields):
+        if actor in wanted:
+            yield clip, label_of(emotion, CREMAD_LABELS, clip)
+
+
+def cremad_fields(clip):
+    """Actor and emotion of a name, which has a sentence between them, and a level at the end."""
+    fields = re.fullmatch("([0-9]{4})_[A-Z]{3}_([A-Z]{3})_[A-Z]{2}", clip.stem)
+    check_name(fields, clip, "like 1001_DFA_ANG_XX.flv")
+    return int(fields[1]), fields[2]
+
+
+def meld(root, split):
+    folder = root / MELD_FOLDERS[split]
+    others = len(list(folder.glob("final_videos_test*.mp4")))
+    if others:
+        print(
+            f"note: {folder} holds {others} clips final_videos_test*.mp4, not used: "
+            "docs/data_sets.md says why"
+        )
+    columns = ("Dialogue_ID", "Utterance_ID", "Emotion")
+    for where, row in read_csv(root / f"{split}_sent_emo.csv", [columns]):
+        dialogue, utterance = (number_in(row, column, where) for column in columns[:2])
+        label = label_of(row["Emotion"].strip(), MELD_LABELS, where)
+        yield folder / f"dia{dialogue}_utt{utterance}.mp4", label
 
 
 def emer(root, csv=None, videos=None):
-    table = Path(csv) if csv is not None else only_table(root)
     folder = Path(videos).resolve() if videos else root
-    for where, row in read_csv(table, EMER_COLUMNS):
-        name = (row.get("names") or row.get("name") or "").strip()
-        if not name:
-            raise DataError(f"{where}: the clip's name is empty")
-        names = [name + ending for ending in VIDEO_ENDINGS]
-        if Path(name).suffix in VIDEO_ENDINGS:
-            names = [name]
-        clip = first_existing(folder, names)
+    for where, row in read_csv(csv_file(root, csv), EMER_COLUMNS):
+        clip = clip_named(row.get("names") or row.get("name") or "", folder, where)
         if "emotions" in row:
             yield clip, (row["reasons"].strip(), first_emotion(row["emotions"]))
         else:
             yield clip, (row["english"].strip(), last_emotion(row["english"]))
-
-
-def only_table(root):
-    tables = sorted(root.glob("*.csv"))
-    if len(tables) != 1:
-        raise DataError(f"{root}: holds {len(tables)} csv files; say which one with --csv")
-    return tables[0]
 
 
 def first_emotion(text):
@@ -273,12 +381,36 @@ def first_emotion(text):
 
 def last_emotion(text):
     """The label of the last emotion word of an English text, as conclusions come last; or ""."""
-    words = re.findall("[a-z]+", text.lower())
-    labels = [LABEL_OF[word] for word in words if word in LABEL_OF]
+    labels = emotions_in(text)
     return labels[-1] if labels else ""
 
 
-SETS = {reader.__name__: reader for reader in (dfew, mafw, ravdess, emer)}
+def mer(root, csv=None, videos=None):
+    folder = Path(videos).resolve() if videos else root / "video"
+    for where, row in read_csv(csv_file(root, csv), MER_COLUMNS):
+        clip = clip_named(row["name"], folder, where)
+        if "discrete" not in row:
+            yield clip, agreed_emotion(row["openset"])
+        elif not row["discrete"].strip():
+            yield clip, ""
+        else:
+            yield clip, label_of(row["discrete"].strip(), MER_LABELS, where)
+
+
+def agreed_emotion(text):
+    """The label of all emotion words of a list, in any writing; "" if they have none or several."""
+    # What is named in a list is an emotion, unlike in a text: neutral too.
+    labels = {*emotions_in(text), *re.findall("neutral", text.lower())}
+    return labels.pop() if len(labels) == 1 else ""
+
+
+def emotions_in(text):
+    """The labels of an English text's emotion words, in its order."""
+    words = re.findall("[a-z]+", text.lower())
+    return [LABEL_OF[word] for word in words if word in LABEL_OF]
+
+
+SETS = {reader.__name__: reader for reader in (dfew, mafw, ravdess, emer, cremad, meld, mer)}
 
 # ------------------------------------------------------------------------------------------------
 # Clips and their labels -> manifest
@@ -294,8 +426,8 @@ def answer_of(target):
 
 
 def is_complete(target):
-    """Reasoning without its text or its word teaches nothing."""
-    return all(target) if isinstance(target, tuple) else True
+    """Reasoning without its text or its word teaches nothing, nor does an empty label."""
+    return all(target) if isinstance(target, tuple) else target != ""
 
 
 def entry_of(clip, target, question, folder):
@@ -317,6 +449,18 @@ def entry_of(clip, target, question, folder):
     }
 
 
+def without_broken(listed):
+    """[(clip, target), ...] -> the same without the clips that are known to be broken."""
+    rest = []
+    for clip, target in listed:
+        problem = BROKEN.get(f"{clip.parent.name}/{clip.name}")
+        if problem:
+            print(f"known to be broken, left out: {clip} ({problem})")
+        else:
+            rest.append((clip, target))
+    return rest
+
+
 def usable_clips(listed, skip_missing, mend):
     """[(clip, target), ...] -> those that are complete and there, and the missing clips' paths.
 
@@ -326,7 +470,7 @@ def usable_clips(listed, skip_missing, mend):
     if incomplete:
         print(
             f"{len(incomplete)} of {len(listed)} entries left out, "
-            f"without a text or an emotion word: {few(incomplete)}"
+            f"without a text or a clear emotion: {few(incomplete)}"
         )
     complete = [(clip, target) for clip, target in listed if is_complete(target)]
     usable, missing = [], []
@@ -365,19 +509,26 @@ def parse_args(argv=None):
         action="store_true",
         help="list clips that are not there, and leave them out",
     )
-    own = parser.add_argument_group("of one or two data sets")
-    own.add_argument("--split", choices=("train", "test"), help="dfew, mafw")
+    parser.add_argument(
+        "--keep-broken",
+        action="store_true",
+        help="keep the clips of cremad and meld that are known to be broken",
+    )
+    own = parser.add_argument_group("of some data sets")
+    own.add_argument("--split", choices=("train", "dev", "test"), help="dfew, mafw; meld, also dev")
     own.add_argument("--fold", type=int, help="dfew, mafw: 1 to 5 (default: 1)")
     own.add_argument(
         "--actors",
         nargs="+",
-        help="ravdess: such as 1-20 or 21,22,24 (default: all that are there)",
+        help="ravdess, cremad: such as 1-20 or 21,22,24 (default: all that are there)",
     )
-    own.add_argument("--csv", help="emer: the texts (default: the one csv file in --root)")
-    own.add_argument("--videos", help="emer: the clips' folder (default: --root)")
+    own.add_argument("--csv", help="emer, mer: the labels (default: the one csv file in --root)")
+    own.add_argument(
+        "--videos", help="emer, mer: the clips' folder (default: --root; video/ in it)"
+    )
     args = parser.parse_args(argv)
     given = {name: value for name, value in vars(args).items() if value is not None}
-    for name in ("set", "root", "out", "question", "skip_missing"):
+    for name in ("set", "root", "out", "question", "skip_missing", "keep_broken"):
         del given[name]
     return args, given
 
@@ -408,6 +559,8 @@ def main(argv=None):
         )
 
     listed = list(SETS[args.set](root, **given))
+    if not args.keep_broken:
+        listed = without_broken(listed)
     mend = "--root or --videos" if "videos" in takes else "--root"
     clips, missing = usable_clips(listed, args.skip_missing, mend)
     if not clips:

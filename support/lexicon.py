@@ -19,7 +19,8 @@ WORDS = {
     "dejected mournful heartbroken downcast",
     "angry": "angry angrily anger furious furiously fury rage enraged irritated irritation annoyed "
     "annoyance outraged hostile hostility resentful",
-    "fear": "fear fearful fearfully afraid scared frightened fright terrified terror panic panicked",
+    "fear": "fear fearful fearfully afraid scared frightened fright terrified terror panic "
+    "panicked",
     "surprise": "surprise surprised surprisingly amazed amazement astonished astonishment shocked "
     "startled stunned",
     "disgust": "disgust disgusted repelled revolted revulsion repulsed repulsion loathing",

@@ -29,7 +29,7 @@ from bench.memory import fake_prompts
 from bench.sizes import FULL_SIZE
 from generate import Decoding, Sampler
 from grpo import completion_logps, grpo_loss
-from kv_cache import LayerCache
+from support.kv_cache import LayerCache
 from model import DecoderLayer, HumanOmni
 from support.compiling import DECODING
 

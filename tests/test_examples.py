@@ -15,6 +15,8 @@ sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "experiments")]
 import one_group
 import tables
 
+from support.custom import find_rewards
+
 # --------------------------------------------------------------------------------------------------
 # examples/one_group.py
 
@@ -121,44 +123,43 @@ def result(war, **more):
     return {"war": war, "uar": war / 2, "format": 1.0, **more}
 
 
-STATED = {"face_true": 0.7, "voice_true": 0.8, "follows": 0.9}
+STATED = {"face_true": 0.7, "voice_true": 0.8, "eea": 0.6, "epc": 0.9, "fcr": 0.5}
 
 
 def write_table1(folder, methods, seeds):
+    """Results as map.sh leaves them."""
     for method in methods:
+        world, arm = tables.IN_THE_MAP[method]
         for seed in seeds:
-            place = folder / f"{method}_{seed}"
-            for split in tables.SPLITS:
-                for medium, war in (
-                    ("video_audio", 0.5 + seed / 10),
-                    ("video", 0.2),
-                    ("audio", 0.3),
-                ):
-                    metrics = {"metrics": result(war, **STATED)}
-                    write(place / f"{split}.{medium}.json", json.dumps(metrics))
-            sampled = {"metrics": result(0.4, **STATED)}
-            write(place / "sampled" / "test.json", json.dumps(sampled))
+            stated = {} if arm == "label_only" else STATED
+            split = {**result(0.5 + seed / 10), **stated, "video_alone": 0.2, "audio_alone": 0.3}
+            figures = {**dict.fromkeys(tables.SPLITS, split), "seconds": 60}
+            write(folder / world / f"{arm}_{seed}.json", json.dumps(figures))
 
 
-def test_table1_is_read_from_its_folder(tmp_path):
+def test_table1_is_read_from_the_map(tmp_path):
     write_table1(tmp_path, ["base"], [0])
-    write_table1(tmp_path, ["cold_start", "label_only", "rlvr"], [0, 1])
+    others = [method for method in tables.METHODS if method != "base"]
+    write_table1(tmp_path, others, [0, 1])
     results = tables.table1(tmp_path)
     tables.check_complete("table1", results, tmp_path)
     row = results["rlvr"]["1"]
     assert row["test WAR"] == 0.6 and row["test UAR"] == 0.3
     assert row["test_ood WAR, video alone"] == 0.2 and row["test WAR, audio alone"] == 0.3
-    assert row["sampled accuracy"] == 0.4 and row["test answer follows"] == 0.9
+    assert row["test EPC"] == 0.9 and row["test_ood face true"] == 0.7
     assert not any("true" in figure for figure in results["label_only"]["0"])
-    shown = tables.markdown_table(results, ["test WAR", "sampled face true"])
+    shown = tables.markdown_table(results, ["test WAR", "test face true"])
     assert "| RLVR (GRPO) | 55.0 ± 7.1 | 70.0 ± 0.0 |" in shown
+    assert "| RLVR (GRPO), half of the labels wrong | 55.0 ± 7.1 | 70.0 ± 0.0 |" in shown
     assert "| base | 50.0 | 70.0 |" in shown
     assert "| label-only SFT | 55.0 ± 7.1 | – |" in shown
-    assert "label-only" not in tables.markdown_table(results, ["sampled face true"])
+    assert "label-only" not in tables.markdown_table(results, ["test face true"])
+    assert tables.map_seconds(tmp_path) == 11 * 60 / 2  # two jobs at a time
 
 
 def test_a_missing_seed_is_an_error(tmp_path):
-    write_table1(tmp_path, ["base", "cold_start", "label_only"], [0, 1])
+    others = [method for method in tables.METHODS if method not in ("base", "rlvr")]
+    write_table1(tmp_path, ["base", *others], [0, 1])
     write_table1(tmp_path, ["rlvr"], [0])
     with pytest.raises(SystemExit, match="something is missing"):
         tables.check_complete("table1", tables.table1(tmp_path), tmp_path)
@@ -183,3 +184,29 @@ def test_ablations_are_read_from_their_folder(tmp_path):
     assert row["sampled accuracy"] == 1 and row["sampled format"] == 0.5
     assert row["face true"] == 0.7 and row["KL"] == pytest.approx(0.02)
     assert "| no_kl | – | 31.0 ± 0.0 |" in tables.markdown_table(results, ["KL", "length"])
+
+
+# --------------------------------------------------------------------------------------------------
+# examples/consistent.py
+
+
+@pytest.mark.parametrize(
+    "think, answer, reward",
+    [
+        ("She is delighted.", "happy", 1.0),
+        ("She is delighted.", "joyful", 1.0),  # another word for what <think> names
+        ("She is delighted.", "sad", 0.0),
+        ("The mouth smiles.", "happy", 0.0),  # names no emotion
+        ("She is delighted.", "", 0.0),
+    ],
+)
+def test_a_reward_for_an_answer_that_the_thinking_names(think, answer, reward):
+    """Whatever the label is: right answers are accuracy's part."""
+    function = find_rewards({}, ["examples.consistent:consistent"])["consistent"]
+    completion = f"<think>{think}</think><answer>{answer}</answer>"
+    assert function(completion, "happy") == function(completion, "angry") == reward
+
+
+def test_that_reward_is_short():
+    source = (ROOT / "examples" / "consistent.py").read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 20
