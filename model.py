@@ -275,7 +275,7 @@ def attend(q, k, v, past=None, follows=None):
       None              nothing came before;
       (k, v)            of B prompts of one length, (B, kv_heads, P, hd), gradients and all; follows
                         (R, B) is 1 where a row follows a prompt, 0 elsewhere;
-      any other object  its method attend(q, k, v) decides (the static cache of support/kv_cache.py)."""
+      any other object  its method attend(q, k, v) decides (the cache of support/kv_cache.py)."""
     if past is None or isinstance(past, tuple):
         return causal_attention(q, k, v, past, follows)
     return past.attend(q, k, v)

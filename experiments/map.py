@@ -41,8 +41,8 @@ from support.errors import write_json
 from support.flags import load as load_model
 from support.flags import read_examples
 from toy import stages
-from toy.world import read_statements
-from toy.worlds import WALLS, World, make_world, stated_label
+from toy.world import WORDS, read_statements
+from toy.worlds import RULE_WORDS, WALLS, World, make_world, stated_label
 
 ROOT = Path(__file__).parent.parent
 CLIPS, OUT = ROOT / "runs" / "toy", ROOT / "runs" / "map"
@@ -204,7 +204,7 @@ def measure(model, start, world, paths, question):
 def reasoning(world, rows, examples):
     """What <think> says against the clip, the label and the answer (EEA, EPC, FCR: see
     docs/metrics.md); {} where nothing is stated."""
-    counts = Counter()
+    counts, words = Counter(), RULE_WORDS if world.rule else WORDS
     for row in rows:
         extra, answer = examples[row["index"]].extra, extract_answer(row["completion"])
         cues = read_statements(row["completion"])
@@ -214,7 +214,7 @@ def reasoning(world, rows, examples):
         counts["face_true"] += cues[0] == extra["face"]
         counts["voice_true"] += cues[1] == extra["voice"]
         counts["eea"] += stated == row["label"]
-        counts["epc"] += stated is not None and stated == answer
+        counts["epc"] += stated is not None and answer in words[stated]
         counts["fcr"] += stated == row["label"] == answer
     return {name: count / len(rows) for name, count in counts.items()}
 

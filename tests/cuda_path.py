@@ -29,9 +29,9 @@ from bench.memory import fake_prompts
 from bench.sizes import FULL_SIZE
 from generate import Decoding, Sampler
 from grpo import completion_logps, grpo_loss
-from support.kv_cache import LayerCache
 from model import DecoderLayer, HumanOmni
 from support.compiling import DECODING
+from support.kv_cache import LayerCache
 
 B, G, P, C = 16, 8, 952, 512
 EOS = 2

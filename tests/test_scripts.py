@@ -12,13 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from safetensors.torch import load_file
-
-import data
-import evaluate
-import train_grpo
-import train_sft
-from model import AudioTower, HumanOmni, VisionTower
 from runs import (
     CHECKPOINT,
     CLIPS,
@@ -32,6 +25,13 @@ from runs import (
     without_times,
     write_manifest,
 )
+from safetensors.torch import load_file
+
+import data
+import evaluate
+import train_grpo
+import train_sft
+from model import AudioTower, HumanOmni, VisionTower
 from support import flags, updates
 from support.errors import DataError
 
