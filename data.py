@@ -65,6 +65,18 @@ __all__ = [  # of media.py and text.py, for who imports them from here
     "preprocess_frames",
 ]
 
+# Fields in which other formats say what a clip is, and what to do about each here. They are
+# refused: if they were ignored, the model would see or hear something else than is meant.
+NOT_READ = {
+    "put the sound into the video file": "audio audios audio_path audio_file sound",
+    "make it one entry per file, with field video": "image images videos",
+    "cut the file, which is used whole": (
+        "start end start_time end_time video_start video_end offset duration clip segment"
+    ),
+    "take it out, the model decides how many frames it sees": "fps num_frames nframes max_frames",
+}
+ADVICE_OF = {name: advice for advice, names in NOT_READ.items() for name in names.split()}
+
 # Bytes of tower features that may stay in memory, so that later epochs neither decode nor encode:
 # more than all of the toy's, some 290 clips' at full size.
 KEEP_BYTES = 2 << 30
@@ -92,7 +104,7 @@ class Example:
 
 def read_manifest(path, media_root=None, limit=None):
     """Manifest (format: top of this file, or an entry a line) -> list of Example, the first
-    `limit` if given.
+    `limit` if given. Other keys of an entry are its `extra`, but for those in NOT_READ.
 
     Paths of clips are relative to media_root, or to the manifest's folder. Raises DataError that
     names file, entry and field; clips that do not exist are found here, all at once, and not hours
@@ -122,6 +134,13 @@ def read_manifest(path, media_root=None, limit=None):
 
 def _read_entry(entry, where, root):
     require(isinstance(entry, dict), f"{where} should be an object")
+    for name, value in entry.items():
+        # A field without a value says nothing: tables are filled up with null.
+        require(
+            name not in ADVICE_OF or value in (None, "", [], {}),
+            f"{where}: field {name} is not supported: {ADVICE_OF.get(name)}; or rename it, if it "
+            "does not change what the clip is",
+        )
     video, turns = entry.get("video"), entry.get("conversations")
     require(
         "video" not in entry or isinstance(video, str) and video,

@@ -40,8 +40,7 @@ word alone). The others have labels only: a prompt that asks for reasoning, and 
 Paths in the manifest are relative to the manifest's own folder, so the other scripts need no
 --media-root; keep it where it was written. A clip that is listed but not there is an error, or left
 out with --skip-missing. Whether a clip can be decoded is not looked at: 21 clips of mafw have no
-sound. Five clips of cremad and meld are known to be broken (BROKEN below); they are left out, unless
---keep-broken is given.
+sound. Five clips of cremad and meld that are known to be broken (BROKEN below) are left out.
 
 To add a data set, write one function that yields (clip, label) or (clip, (reasoning, word)), and
 name it in SETS; its parameters after root are the flags it takes, required if without a default.
@@ -233,11 +232,19 @@ def clip_named(name, folder, where):
     return first_existing(folder, [name + ending for ending in VIDEO_ENDINGS])
 
 
-def check_name(right, clip, example):
-    if not right:
+def clips_in(folder, ending):
+    """Its clips, sorted by name. Not ._*, which macOS leaves in folders."""
+    return sorted(folder.glob(f"[!.]*{ending}"))
+
+
+def fields_of(clip, pattern, example):
+    """The groups of a regular expression that the clip's name, without its ending, has to match."""
+    match = re.fullmatch(pattern, clip.stem, re.ASCII)
+    if not match:
         raise DataError(
             f"{clip}: name should be {example}; is it from this data set? If not, move it away"
         )
+    return match.groups()
 
 
 def chosen_actors(actors, known, present, root):
@@ -302,50 +309,35 @@ def ravdess(root, actors=None):
     if not folders:
         raise DataError(f"{root}: holds no folder Actor_01 or the like; is --root right?")
     for actor in chosen_actors(actors, RAVDESS_ACTORS, folders, root):
-        found = 0
-        for clip in sorted(folders[actor].glob("[!.]*.mp4")):
-            modality, channel, emotion = ravdess_fields(clip, actor)
+        folder, found = folders[actor], 0
+        # Modality, vocal channel, emotion; intensity, statement, repetition; actor.
+        pattern = rf"(\d\d)-(\d\d)-(\d\d)-\d\d-\d\d-\d\d-{actor:02d}"
+        example = f"seven two-digit numbers, the last of them {actor:02d}"
+        for clip in clips_in(folder, ".mp4"):
+            modality, channel, emotion = fields_of(clip, pattern, example)
             # Sound and picture, not one of them; speech, not song.
             if modality == "01" and channel == "01":
                 found += 1
                 yield clip, label_of(emotion, RAVDESS_LABELS, clip)
         if found != 60:
-            print(
-                f"note: {folders[actor]} holds {found} speech clips with sound, the published one 60"
-            )
-
-
-def ravdess_fields(clip, actor):
-    """Modality, vocal channel and emotion, the first fields of a name.
-
-    Intensity, statement, repetition and actor follow.
-    """
-    fields = clip.stem.split("-")
-    right = re.fullmatch(r"[0-9]{2}(-[0-9]{2}){6}", clip.stem) and int(fields[6]) == actor
-    check_name(right, clip, f"seven two-digit numbers, the last of them {actor:02d}")
-    return fields[:3]
+            print(f"note: {folder} holds {found} speech clips with sound, the published one 60")
 
 
 def cremad(root, actors=None):
-    clips = sorted((root / "VideoFlash").glob("[!.]*.flv"))
+    folder = root / "VideoFlash"
+    clips = clips_in(folder, ".flv")
     if not clips:
-        raise DataError(
-            f"{root}: holds no VideoFlash/1001_DFA_ANG_XX.flv or the like; is --root right?"
-        )
+        raise DataError(f"{folder}: holds no 1001_DFA_ANG_XX.flv or the like; is --root right?")
     if len(clips) != 7442:
-        print(f"note: {root / 'VideoFlash'} holds {len(clips)} clips, the published one 7442")
-    fields = [cremad_fields(clip) for clip in clips]
-    wanted = chosen_actors(actors, CREMAD_ACTORS, {actor for actor, _ in fields}, root)
+        print(f"note: {folder} holds {len(clips)} clips, the published one 7442")
+    # Actor; sentence; emotion; level.
+    pattern, example = r"(\d{4})_[A-Z]{3}_([A-Z]{3})_[A-Z]{2}", "like 1001_DFA_ANG_XX.flv"
+    fields = [fields_of(clip, pattern, example) for clip in clips]
+    present = {int(actor) for actor, _ in fields}
+    wanted = chosen_actors(actors, CREMAD_ACTORS, present, root)
     for clip, (actor, emotion) in zip(clips, fields):
-        if actor in wanted:
+        if int(actor) in wanted:
             yield clip, label_of(emotion, CREMAD_LABELS, clip)
-
-
-def cremad_fields(clip):
-    """Actor and emotion of a name, which has a sentence between them, and a level at the end."""
-    fields = re.fullmatch("([0-9]{4})_[A-Z]{3}_([A-Z]{3})_[A-Z]{2}", clip.stem)
-    check_name(fields, clip, "like 1001_DFA_ANG_XX.flv")
-    return int(fields[1]), fields[2]
 
 
 def meld(root, split):
@@ -353,14 +345,15 @@ def meld(root, split):
     others = len(list(folder.glob("final_videos_test*.mp4")))
     if others:
         print(
-            f"note: {folder} holds {others} clips final_videos_test*.mp4, not used: "
+            f"note: {folder} holds {others} clips final_videos_test*.mp4, which are not used; "
             "docs/data_sets.md says why"
         )
-    columns = ("Dialogue_ID", "Utterance_ID", "Emotion")
-    for where, row in read_csv(root / f"{split}_sent_emo.csv", [columns]):
-        dialogue, utterance = (number_in(row, column, where) for column in columns[:2])
-        label = label_of(row["Emotion"].strip(), MELD_LABELS, where)
-        yield folder / f"dia{dialogue}_utt{utterance}.mp4", label
+    table = root / f"{split}_sent_emo.csv"
+    for where, row in read_csv(table, [("Emotion", "Dialogue_ID", "Utterance_ID")]):
+        dialogue = number_in(row, "Dialogue_ID", where)
+        utterance = number_in(row, "Utterance_ID", where)
+        clip = folder / f"dia{dialogue}_utt{utterance}.mp4"
+        yield clip, label_of(row["Emotion"].strip(), MELD_LABELS, where)
 
 
 def emer(root, csv=None, videos=None):
@@ -389,12 +382,11 @@ def mer(root, csv=None, videos=None):
     folder = Path(videos).resolve() if videos else root / "video"
     for where, row in read_csv(csv_file(root, csv), MER_COLUMNS):
         clip = clip_named(row["name"], folder, where)
-        if "discrete" not in row:
-            yield clip, agreed_emotion(row["openset"])
-        elif not row["discrete"].strip():
-            yield clip, ""
+        if "discrete" in row:
+            word = row["discrete"].strip()
+            yield clip, word and label_of(word, MER_LABELS, where)
         else:
-            yield clip, label_of(row["discrete"].strip(), MER_LABELS, where)
+            yield clip, agreed_emotion(row["openset"])
 
 
 def agreed_emotion(text):
@@ -427,7 +419,7 @@ def answer_of(target):
 
 def is_complete(target):
     """Reasoning without its text or its word teaches nothing, nor does an empty label."""
-    return all(target) if isinstance(target, tuple) else target != ""
+    return all(target) if isinstance(target, tuple) else bool(target)
 
 
 def entry_of(clip, target, question, folder):
@@ -509,13 +501,10 @@ def parse_args(argv=None):
         action="store_true",
         help="list clips that are not there, and leave them out",
     )
-    parser.add_argument(
-        "--keep-broken",
-        action="store_true",
-        help="keep the clips of cremad and meld that are known to be broken",
-    )
     own = parser.add_argument_group("of some data sets")
-    own.add_argument("--split", choices=("train", "dev", "test"), help="dfew, mafw; meld, also dev")
+    own.add_argument(
+        "--split", choices=("train", "dev", "test"), help="dfew, mafw, meld (dev: meld only)"
+    )
     own.add_argument("--fold", type=int, help="dfew, mafw: 1 to 5 (default: 1)")
     own.add_argument(
         "--actors",
@@ -523,12 +512,10 @@ def parse_args(argv=None):
         help="ravdess, cremad: such as 1-20 or 21,22,24 (default: all that are there)",
     )
     own.add_argument("--csv", help="emer, mer: the labels (default: the one csv file in --root)")
-    own.add_argument(
-        "--videos", help="emer, mer: the clips' folder (default: --root; video/ in it)"
-    )
+    own.add_argument("--videos", help="emer, mer: the clips' folder (default: --root; mer: video/)")
     args = parser.parse_args(argv)
     given = {name: value for name, value in vars(args).items() if value is not None}
-    for name in ("set", "root", "out", "question", "skip_missing", "keep_broken"):
+    for name in ("set", "root", "out", "question", "skip_missing"):
         del given[name]
     return args, given
 
@@ -558,9 +545,7 @@ def main(argv=None):
             f"such as {out / 'manifest.json'}"
         )
 
-    listed = list(SETS[args.set](root, **given))
-    if not args.keep_broken:
-        listed = without_broken(listed)
+    listed = without_broken(SETS[args.set](root, **given))
     mend = "--root or --videos" if "videos" in takes else "--root"
     clips, missing = usable_clips(listed, args.skip_missing, mend)
     if not clips:

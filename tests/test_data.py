@@ -72,6 +72,49 @@ def test_manifest_entries(tmp_path):
     assert examples[0].extra == {"label": "happy", "subject": 3} and examples[1].extra == {}
 
 
+@pytest.mark.parametrize(
+    "name, value, advice",
+    [
+        ("audio", "a.wav", "put the sound into the video file"),
+        ("audios", ["a.wav"], "put the sound into the video file"),
+        ("image", "a.jpg", "make it one entry per file, with field video"),
+        ("images", ["a.jpg"], "make it one entry per file, with field video"),
+        ("videos", ["b.mp4", "c.mp4"], "make it one entry per file, with field video"),
+        ("start", 0, "cut the file, which is used whole"),
+        ("end", 2.5, "cut the file, which is used whole"),
+        ("start_time", "00:01", "cut the file, which is used whole"),
+        ("end_time", "00:02", "cut the file, which is used whole"),
+        ("duration", 2.5, "cut the file, which is used whole"),
+        ("clip", [0, 2.5], "cut the file, which is used whole"),
+        ("fps", 2, "take it out, the model decides how many frames it sees"),
+    ],
+)
+def test_fields_that_would_change_the_clip_are_refused(tmp_path, name, value, advice):
+    (tmp_path / "a.mp4").touch()
+    manifest = write_manifest(tmp_path, [entry(), entry(**{name: value})])
+    with pytest.raises(DataError) as caught:
+        data.read_manifest(manifest)
+    assert str(caught.value) == (
+        f"{manifest}: entry 1: field {name} is not supported: {advice}; "
+        "or rename it, if it does not change what the clip is"
+    )
+
+
+def test_such_a_field_is_named_though_others_are_missing(tmp_path):
+    """An entry of another format, without field video, is told what is wrong with it."""
+    for strange in ({"videos": ["a.mp4"], "messages": []}, entry(None, images=["a.jpg"])):
+        with pytest.raises(DataError, match="entry 0: field (videos|images) is not supported"):
+            data.read_manifest(write_manifest(tmp_path, [strange]))
+
+
+@pytest.mark.parametrize("value", [None, "", [], {}])
+def test_such_a_field_without_a_value_says_nothing(tmp_path, value):
+    (tmp_path / "a.mp4").touch()
+    manifest = write_manifest(tmp_path, [entry(audio=value, end=value, id=7)])
+    (example,) = data.read_manifest(manifest)
+    assert example.extra == {"audio": value, "end": value, "id": 7}
+
+
 def test_manifest_media_root_and_limit(tmp_path):
     (tmp_path / "media").mkdir()
     (tmp_path / "media/a.mp4").touch()

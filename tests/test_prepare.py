@@ -125,7 +125,7 @@ def test_nothing_left_is_an_error(dfew):
         ("video_name,label\n1,1,1\n", "set_1.csv: line 2: should have 2 fields"),
         (
             "video_name,label\nface.mp4,1\n",
-            "set_1.csv: line 2: video_name 'face.mp4' should be the number",
+            "set_1.csv: line 2: video_name 'face.mp4' should be a whole number",
         ),
         (
             'video_name,label\n1,"1\n2,2\n',
@@ -210,6 +210,13 @@ def test_wrong_fold(tmp_path, name, fold):
     assert message == f"--fold {fold}: there are folds 1 to 5"
 
 
+@pytest.mark.parametrize("name", ["dfew", "mafw"])
+def test_there_is_no_dev_split(tmp_path, name):
+    (tmp_path / "set").mkdir()
+    message = refusal(tmp_path, name, "--split", "dev")
+    assert message == "--split dev: there are train and test"
+
+
 # ------------------------------------------------------------------------------------------------
 # ravdess
 
@@ -258,8 +265,10 @@ def test_ravdess_actors(ravdess, flags, expected):
 
 def test_ravdess_refuses_actors_that_are_not_there(ravdess):
     for actors in ("0", "25", "3-1", "1-25", "x", "1-", ""):
-        assert f"--actors {actors}: " in refusal(ravdess, "ravdess", "--actors", actors)
-    assert "has no folder Actor_04" in refusal(ravdess, "ravdess", "--actors", "1-4")
+        message = refusal(ravdess, "ravdess", "--actors", actors)
+        assert f"--actors {actors}: " in message
+        assert "from 1 to 24, such as 1-20 or 21,22,24" in message
+    assert "has no clips of actor 4;" in refusal(ravdess, "ravdess", "--actors", "1-4")
 
 
 @pytest.mark.parametrize(
@@ -339,7 +348,7 @@ def test_emer_without_word_or_text_is_left_out(emer, capsys):
     rows = "sample_1,[],,He.\nsample_2,sad,, \nsample_3,sad,,She.\n"
     write(emer / "set" / "gt.csv", f"names,emotions,subtitles,reasons\n{rows}")
     assert list(labels(manifest(emer, "emer"))) == ["sample_3.avi"]
-    left_out = "2 of 3 entries left out, without a text or an emotion word: sample_1, sample_2\n"
+    left_out = "2 of 3 entries left out, without a text or a clear emotion: sample_1, sample_2\n"
     assert left_out in capsys.readouterr().out
 
 
@@ -374,6 +383,270 @@ def test_emer_refusals(emer):
 
 
 # ------------------------------------------------------------------------------------------------
+# cremad
+
+
+@pytest.fixture
+def cremad(tmp_path):
+    """Actors 1001, 1064 and 1091: a clip per emotion; the last also one that is known to be broken.
+
+    Beside them files that are no clips.
+    """
+    folder = tmp_path / "set" / "VideoFlash"
+    for actor in (1001, 1064, 1091):
+        for emotion in ("ANG", "DIS", "FEA", "HAP", "NEU", "SAD"):
+            touch(folder / f"{actor}_IEO_{emotion}_XX.flv")
+        touch(folder / f"._{actor}_IEO_ANG_XX.flv", folder / f"{actor}_IEO_ANG_XX.wav")
+    touch(folder / "1064_IEO_DIS_MD.flv", folder / "1064_TIE_SAD_XX.flv")
+    return tmp_path
+
+
+def test_cremad_labels_are_in_the_names(cremad, capsys):
+    assert labels(manifest(cremad, "cremad", "--actors", "1001")) == {
+        "1001_IEO_ANG_XX.flv": "angry",
+        "1001_IEO_DIS_XX.flv": "disgust",
+        "1001_IEO_FEA_XX.flv": "fear",
+        "1001_IEO_HAP_XX.flv": "happy",
+        "1001_IEO_NEU_XX.flv": "neutral",
+        "1001_IEO_SAD_XX.flv": "sad",
+    }
+    printed = capsys.readouterr().out
+    assert "VideoFlash holds 20 clips, the published one 7442" in printed
+    assert "broken" not in printed
+
+
+def test_cremad_leaves_out_what_is_known_to_be_broken(cremad, capsys):
+    names = set(labels(manifest(cremad, "cremad")))
+    assert len(names) == 18
+    assert not names & {"1064_IEO_DIS_MD.flv", "1064_TIE_SAD_XX.flv"}
+    printed = capsys.readouterr().out
+    assert printed.count("known to be broken, left out: ") == 2
+    assert "VideoFlash/1064_IEO_DIS_MD.flv (one minute, with all emotions)\n" in printed
+    assert "VideoFlash/1064_TIE_SAD_XX.flv (has no duration)\n" in printed
+    assert printed.splitlines()[-1].split()[:4] == ["all", "18", "0", "missing"]
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (("--actors", "1064,1091"), {"1064", "1091"}),
+        (("--actors", "1001", "1064"), {"1001", "1064"}),
+        (("--actors", "1091-1091"), {"1091"}),
+        ((), {"1001", "1064", "1091"}),
+    ],
+)
+def test_cremad_actors(cremad, flags, expected):
+    assert {name[:4] for name in labels(manifest(cremad, "cremad", *flags))} == expected
+
+
+def test_cremad_refuses_actors_that_are_not_there(cremad):
+    for actors in ("1", "1000-1001", "1091-1092", "1064-1001", "x"):
+        message = refusal(cremad, "cremad", "--actors", actors)
+        assert f"--actors {actors}: " in message
+        assert "from 1001 to 1091, such as 1001-1020 or 1021,1022,1091" in message
+    message = refusal(cremad, "cremad", "--actors", "1001-1002")
+    assert "has no clips of actor 1002;" in message and "--actors" in message
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("1001_IEO_SUR_XX.flv", "unknown label 'SUR'; known are ANG, DIS,"),
+        ("1001_IEO_ANG.flv", "name should be like 1001_DFA_ANG_XX.flv"),
+        ("holiday.flv", "name should be like 1001_DFA_ANG_XX.flv"),
+    ],
+)
+def test_cremad_refuses_other_names(cremad, name, expected):
+    touch(cremad / "set" / "VideoFlash" / name)
+    message = refusal(cremad, "cremad")
+    assert f"VideoFlash/{name}: " in message and expected in message
+
+
+def test_cremad_in_the_wrong_folder(tmp_path):
+    (tmp_path / "set").mkdir()
+    assert "VideoFlash: holds no 1001_DFA_ANG_XX.flv or the like" in refusal(tmp_path, "cremad")
+
+
+# ------------------------------------------------------------------------------------------------
+# meld
+
+MELD_HEADER = (
+    "Sr No.,Utterance,Speaker,Emotion,Sentiment,Dialogue_ID,Utterance_ID,Season,Episode,"
+    "StartTime,EndTime\n"
+)
+
+
+def meld_row(emotion, dialogue, utterance):
+    """A line as it is published, with commas in quotes."""
+    return (
+        f'1,"Well, no.",Ross,{emotion},x,{dialogue},{utterance},3,9,"0:04:42,198","0:04:42,824"\n'
+    )
+
+
+@pytest.fixture
+def meld(tmp_path):
+    """train: an utterance per emotion, and the broken clip; dev: one that is missing; test: two,
+    one of the same name as the broken one, with another file of its name beside it."""
+    root = tmp_path / "set"
+    emotions = ["anger", "disgust", "fear", "joy", "neutral", "sadness", "surprise"]
+    rows = [meld_row(emotion, 0, n) for n, emotion in enumerate(emotions)]
+    rows.append(meld_row("neutral", 125, 3))
+    write(root / "train_sent_emo.csv", MELD_HEADER + "".join(rows))
+    touch(*(root / "train_splits" / f"dia0_utt{n}.mp4" for n in range(7)))
+    touch(root / "train_splits" / "dia125_utt3.mp4")
+
+    rows = [meld_row("neutral", 110, 7), meld_row("fear", 0, 0)]
+    write(root / "dev_sent_emo.csv", MELD_HEADER + "".join(rows))
+    touch(root / "dev_splits_complete" / "dia0_utt0.mp4")
+
+    rows = [meld_row("joy", 93, 5), meld_row("anger", 125, 3)]
+    write(root / "test_sent_emo.csv", MELD_HEADER + "".join(rows))
+    test = root / "output_repeated_splits_test"
+    touch(test / "dia93_utt5.mp4", test / "._dia93_utt5.mp4", test / "dia125_utt3.mp4")
+    touch(test / "final_videos_testdia93_utt5.mp4", test / "._final_videos_testdia93_utt5.mp4")
+    return tmp_path
+
+
+def test_meld_maps_all_labels_and_leaves_out_the_broken_clip(meld, capsys):
+    assert labels(manifest(meld, "meld", "--split", "train")) == {
+        "dia0_utt0.mp4": "angry",
+        "dia0_utt1.mp4": "disgust",
+        "dia0_utt2.mp4": "fear",
+        "dia0_utt3.mp4": "happy",
+        "dia0_utt4.mp4": "neutral",
+        "dia0_utt5.mp4": "sad",
+        "dia0_utt6.mp4": "surprise",
+    }
+    printed = capsys.readouterr().out
+    assert "train_splits/dia125_utt3.mp4 (cannot be opened)\n" in printed
+    assert "final_videos_test" not in printed
+
+
+def test_meld_broken_clip_may_have_been_removed(meld):
+    (meld / "set" / "train_splits" / "dia125_utt3.mp4").unlink()
+    assert len(manifest(meld, "meld", "--split", "train")) == 7
+
+
+def test_meld_missing_clip_of_dev(meld):
+    message = refusal(meld, "meld", "--split", "dev")
+    assert message.startswith("1 of 2 clips are missing: ") and "dia110_utt7.mp4; mend" in message
+    examples = manifest(meld, "meld", "--split", "dev", "--skip-missing")
+    assert labels(examples) == {"dia0_utt0.mp4": "fear"}
+
+
+def test_meld_test_takes_the_clips_named_as_the_others(meld, capsys):
+    examples = manifest(meld, "meld", "--split", "test")
+    assert labels(examples) == {"dia93_utt5.mp4": "happy", "dia125_utt3.mp4": "angry"}
+    printed = capsys.readouterr().out
+    assert "holds 1 clips final_videos_test*.mp4, which are not used" in printed
+    assert "broken" not in printed
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (
+            MELD_HEADER + meld_row("calm", 0, 0),
+            "dev_sent_emo.csv: line 2: unknown label 'calm'; known are anger,",
+        ),
+        (
+            MELD_HEADER + meld_row("joy", "0x", 0),
+            "dev_sent_emo.csv: line 2: Dialogue_ID '0x' should be a whole number",
+        ),
+        (
+            MELD_HEADER + meld_row("joy", 0, ""),
+            "dev_sent_emo.csv: line 2: Utterance_ID '' should be a whole number",
+        ),
+        (
+            "Utterance,Emotion\nNo.,joy\n",
+            "columns are Utterance,Emotion, should be Emotion,Dialogue_ID,Utterance_ID",
+        ),
+    ],
+)
+def test_meld_malformed(meld, text, expected):
+    write(meld / "set" / "dev_sent_emo.csv", text)
+    assert expected in refusal(meld, "meld", "--split", "dev")
+
+
+def test_meld_without_its_table(meld):
+    (meld / "set" / "test_sent_emo.csv").unlink()
+    assert "set/test_sent_emo.csv: no such file" in refusal(meld, "meld", "--split", "test")
+
+
+# ------------------------------------------------------------------------------------------------
+# mer
+
+
+@pytest.fixture
+def mer(tmp_path):
+    folder = tmp_path / "set" / "video"
+    touch(*(folder / f"sample_{n}.mp4" for n in range(6)), folder / "sample_6.avi")
+    return tmp_path
+
+
+def test_mer_discrete_labels_are_the_answers(mer, capsys):
+    words = ["neutral", "angry", "happy", "sad", "worried", "surprise"]
+    rows = "".join(f"sample_{n},{word},-0.5\n" for n, word in enumerate(words))
+    write(mer / "set" / "track1_train_disdim.csv", f"name,discrete,valence\n{rows}sample_6,,1\n")
+    expected = {f"sample_{n}.mp4": word for n, word in enumerate(words)}
+    examples = manifest(mer, "mer")
+    assert labels(examples) == expected
+    assert {(e.question, e.modality) for e in examples} == {(QUESTION_REASONING, "video_audio")}
+    printed = capsys.readouterr().out
+    assert "1 of 7 entries left out, without a text or a clear emotion: sample_6\n" in printed
+
+
+def test_mer_open_words_have_to_agree(mer, capsys):
+    """All three ways in which published files write a list."""
+    table = """name,openset
+sample_0,"['excited', 'joyful', 'Happy']"
+sample_1,"[concern, worry]"
+sample_2,"shocked,serious,angry"
+sample_3,"['happy', 'sad']"
+sample_4,"['suspect', 'unhappy']"
+sample_5,['neutral']
+sample_6,[]
+"""
+    write(mer / "set" / "track2_train_human.csv", table)
+    assert labels(manifest(mer, "mer")) == {
+        "sample_0.mp4": "happy",
+        "sample_1.mp4": "worried",
+        "sample_2.mp4": "angry",
+        "sample_5.mp4": "neutral",
+    }
+    left_out = "3 of 7 entries left out, without a text or a clear emotion: sample_3, sample_4, "
+    assert left_out in capsys.readouterr().out
+
+
+def test_mer_csv_and_clips_elsewhere(mer):
+    write(mer / "set" / "subtitle_chieng.csv", "name,chinese,english\nsample_0,,\n")
+    table = write(mer / "set" / "track1_train.csv", "name,discrete\nsample_6,sad\n")
+    assert "holds 2 csv files; say which one with --csv" in refusal(mer, "mer")
+    flags = "mer", "--csv", str(table)
+    assert labels(manifest(mer, *flags)) == {"sample_6.avi": "sad"}
+    (mer / "set" / "video").rename(mer / "clips")
+    (mer / "manifests" / "out.json").unlink()
+    message = refusal(mer, *flags)
+    assert "set/video/sample_6.mp4; mend --root or --videos" in message
+    examples = manifest(mer, *flags, "--videos", str(mer / "clips"))
+    assert labels(examples) == {"sample_6.avi": "sad"}
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("name,discrete\nsample_0,joy\n", "line 2: unknown label 'joy'; known are neutral, angry,"),
+        ("name,discrete\n,sad\n", "line 2: the clip's name is empty"),
+        ("name\nsample_0\n", "columns are name, should be name,discrete or name,openset"),
+    ],
+)
+def test_mer_malformed(mer, text, expected):
+    write(mer / "set" / "track1.csv", text)
+    message = refusal(mer, "mer")
+    assert "track1.csv: " in message and expected in message
+
+
+# ------------------------------------------------------------------------------------------------
 # all of them
 
 
@@ -383,7 +656,9 @@ def test_flags_of_other_sets_are_refused_not_ignored(tmp_path):
     assert message == "ravdess has no --split; it takes --actors"
     message = refusal(tmp_path, "mafw", "--split", "test", "--actors", "1")
     assert message == "mafw has no --actors; it takes --split, --fold"
-    assert refusal(tmp_path, "dfew") == "dfew needs --split"
+    assert refusal(tmp_path, "cremad", "--fold", "1") == "cremad has no --fold; it takes --actors"
+    for name in ("dfew", "mafw", "meld"):
+        assert refusal(tmp_path, name) == f"{name} needs --split"
 
 
 def test_wrong_folders(mafw):
