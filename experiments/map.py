@@ -41,7 +41,7 @@ from support.errors import write_json
 from support.flags import load as load_model
 from support.flags import read_examples
 from toy import stages
-from toy.world import WORDS, read_statements
+from toy.world import WORDS, make_manifest, read_statements
 from toy.worlds import RULE_WORDS, WALLS, World, make_world, stated_label
 
 ROOT = Path(__file__).parent.parent
@@ -189,12 +189,12 @@ def measure(model, start, world, paths, question):
         figures[split] = {name: scores[name] for name in ("war", "uar", "recall", "format")}
         figures[split] |= reasoning(world, rows, clips.examples)
         if split == "swapped":
-            figures[split] |= by_medium(rows, clips.examples, paths["test"])
+            figures[split] |= by_medium(rows, clips.examples)
         elif world in ALONE_IN:
             for medium in ("video", "audio"):
                 omni, clips = opened(model, paths[split], question, medium)
-                alone = score(evaluate(omni, clips, Settings(64, batch_size=35), medium))
-                figures[split][f"{medium}_alone"] = alone["war"]
+                rows = evaluate(omni, clips, Settings(64, batch_size=35), medium)
+                figures[split][f"{medium}_alone"] = score(rows)["war"]
     omni, clips = opened(model, paths["test"], question)
     begun, _ = opened(start, paths["test"], question)
     figures["kl"] = kl_between(omni, begun, clips)
@@ -219,16 +219,15 @@ def reasoning(world, rows, examples):
     return {name: count / len(rows) for name, count in counts.items()}
 
 
-def by_medium(rows, examples, test_manifest):
+def by_medium(rows, examples):
     """Of the swapped clips: how often is the answer the emotion of the clip that the face is from,
     and of the one that the voice is from?"""
-    entries = json.loads(Path(test_manifest).read_text(encoding="utf-8"))
-    emotion = {entry["video"]: entry["emotion"] for entry in entries}
+    emotion = {entry["video"]: entry["emotion"] for entry in make_manifest("test")}
     counts = {"as_the_face": 0, "as_the_voice": 0}
     for row in rows:
         extra, answer = examples[row["index"]].extra, extract_answer(row["completion"])
-        counts["as_the_face"] += answer == emotion.get(extra["face_from"])
-        counts["as_the_voice"] += answer == emotion.get(extra["voice_from"])
+        counts["as_the_face"] += answer == emotion[extra["face_from"]]
+        counts["as_the_voice"] += answer == emotion[extra["voice_from"]]
     return {name: count / len(rows) for name, count in counts.items()}
 
 
@@ -303,18 +302,18 @@ def probe(base, paths):
 # Jobs
 
 
-# What is run: worlds, arms, seeds. Five seeds where the arms differ, two where they are alike.
+# What is run: worlds, arms, seeds; of each seed in this order. More seeds where the arms differ.
 ALL = tuple(STARTS_FROM)
 THREE = ("label_only", "label_cold", "grpo_think")
 TWO = ("label_only", "grpo_think")
 PLAN = [
-    (("wrong_0.0", "wrong_0.5", "confused_0.4"), ALL, 5),
+    (("wrong_0.5", "confused_0.4", "wrong_0.0"), THREE, 5),
+    (("wrong_0.5", "confused_0.4", "wrong_0.0"), ("own_correct", "grpo_answer"), 3),
     (("rule",), ("cold_start", *THREE), 5),
-    (("films", "wrong_0.6"), THREE, 5),
-    (("wrong_0.4", "wrong_0.3", "wrong_0.2"), THREE, 2),
-    (("scene_1.0", "scene_0.9", "scene_0.0"), THREE, 2),
-    (("labelled_14", "labelled_42", "confused_0.2"), TWO, 2),
-    (("wrong_0.1",), TWO, 1),
+    (("films", "wrong_0.6"), THREE, 3),
+    (("wrong_0.4", "scene_1.0", "scene_0.0", "labelled_14"), TWO, 2),
+    (("wrong_0.3", "wrong_0.2", "wrong_0.1"), TWO, 1),
+    (("scene_0.9", "labelled_42", "confused_0.2"), TWO, 1),
 ]
 QUICK = [(("wrong_0.0", "wrong_0.5"), TWO, 1), (("rule",), TWO, 1)]
 

@@ -64,13 +64,11 @@ def test_what_the_thinking_is_worth_by_hand():
     assert counts == {"face_true": 1, "voice_true": 1, "eea": 1, "epc": 1, "fcr": 0}
 
 
-def test_whose_emotion_a_swapped_clip_gets(tmp_path):
-    manifest = tmp_path / "test.json"
-    manifest.write_text(json.dumps(make_manifest("test")))
+def test_whose_emotion_a_swapped_clip_gets():
     clip = {entry["emotion"]: entry["video"] for entry in make_manifest("test")}
     swapped = example("glare", "low_slow", face_from=clip["angry"], voice_from=clip["sad"])
     rows = [row(i, "disgust", word) for i, word in enumerate(("disgust", "angry", "sad", "sad"))]
-    counts = experiment.by_medium(rows, 4 * [swapped], manifest)
+    counts = experiment.by_medium(rows, 4 * [swapped])
     assert counts == {"as_the_face": 1 / 4, "as_the_voice": 2 / 4}
 
 
