@@ -17,6 +17,7 @@ import torch
 
 from experiments.map import LR_SEEDS, LR_TRIED, OUT, WORLDS, jobs, result_file
 from experiments.tables import facts_line, map_seconds, processor
+from show import new_figure, write_picture
 
 HERE = Path(__file__).parent
 ARMS = {
@@ -96,6 +97,8 @@ def away(world):
 
 
 def world_name(world):
+    if world == "wrong_0.0":
+        return "clean labels"
     kind, _, value = world.partition("_")
     return NAMES[kind] + (f"{100 * float(value):.0f} %" if "." in value else value)
 
@@ -110,20 +113,18 @@ def table(head, lines):
 
 
 def accuracy_table(results):
-    """WAR at home and away, a line per world."""
-    head = ["world", "seeds", *ARMS.values()]
+    """WAR at home and away, a line per world; where an arm has fewer seeds, their number."""
     lines = []
-    for world in WORLDS:
-        if world not in results:
-            continue
-        cells = []
+    for world in results:
+        seeds = len(values(results, world, "grpo_think", "test.war"))
+        line = [world_name(world), str(seeds)]
         for arm in ARMS:
             home = values(results, world, arm, "test.war")
             other = values(results, world, arm, f"{away(world)}.war")
-            cells.append(f"{cell(home)} / {cell(other)}" if home else "")
-        seeds = len(values(results, world, "grpo_think", "test.war"))
-        lines.append([world_name(world), str(seeds), *cells])
-    return table(head, lines)
+            fewer = f" ({len(home)})" if len(home) != seeds else ""
+            line.append(f"{cell(home)} / {cell(other)}{fewer}" if home else "")
+        lines.append(line)
+    return table(["world", "seeds", *ARMS.values()], lines)
 
 
 def paired_table(results):
@@ -161,41 +162,36 @@ def reasoning_table(results):
 
 
 def why_table(results):
-    head = [
-        "world",
-        "arm",
-        "groups with a wrong label",
-        "it is ever said in",
-        "completions with it",
-    ]
-    head += ["a right label is said in", "their share of the gradient's weight"]
-    names = ("wrong_groups", "said_in", "said", "right_said", "weight")
+    names = {
+        "groups with a wrong label": "wrong_groups",
+        "it is ever said in": "said_in",
+        "completions that say it": "said",
+        "that say a right one": "right_said",
+        "those groups' share of the weight": "weight",
+    }
     lines = []
     for world in results:
         for arm in ("grpo_answer", "grpo_think"):
             if values(results, world, arm, "wrong.said_in"):
-                cells = [cell(values(results, world, arm, f"wrong.{name}")) for name in names]
+                cells = [cell(values(results, world, arm, f"wrong.{x}")) for x in names.values()]
                 lines.append([world_name(world), ARMS[arm], *cells])
-    return table(head, lines)
+    return table(["world", "arm", *names], lines)
 
 
 def swapped_table(results):
     """What is answered of a clip with one's face and another's voice."""
+    names = {
+        "of the two together": "war",
+        "of the face's clip": "as_the_face",
+        "of the voice's clip": "as_the_voice",
+    }
     lines = []
     for world in results:
         for arm in ARMS:
             if values(results, world, arm, "swapped.war"):
-                names = ("war", "as_the_face", "as_the_voice")
-                cells = [cell(values(results, world, arm, f"swapped.{name}")) for name in names]
+                cells = [cell(values(results, world, arm, f"swapped.{x}")) for x in names.values()]
                 lines.append([world_name(world), ARMS[arm], *cells])
-    head = [
-        "world",
-        "arm",
-        "as face and voice together",
-        "as the face's clip",
-        "as the voice's clip",
-    ]
-    return table(head, lines)
+    return table(["world", "arm", *names], lines)
 
 
 def kl_table(results):
@@ -369,14 +365,8 @@ def predicted(results):
 
 def draw(results, path):
     """Three panels: wrong labels, and what else a world may be like; thin dots are seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (test, ood, others) = plt.subplots(
-        1, 3, figsize=(13, 3.9), gridspec_kw={"width_ratios": [1, 1, 1.5]}
-    )
+    figure = new_figure(13, 3.9)
+    test, ood, others = figure.subplots(1, 3, gridspec_kw={"width_ratios": [1, 1, 1.5]})
     shares = [world for world in results if world.startswith("wrong_")]
     for axes, split in ((test, "test"), (ood, "test_ood")):
         for arm, name in ARMS.items():
@@ -414,8 +404,7 @@ def draw(results, path):
     others.set_xlabel("WAR on other data, %")
     others.set_title("other worlds", fontsize=10)
     others.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=90)
+    write_picture(figure, path, dpi=90)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -445,7 +434,8 @@ def page(facts):
         "[when_rlvr_wins.md](when_rlvr_wins.md).\n",
         "![Accuracy by share of wrong labels, and in other worlds](map.png)\n",
         "## Accuracy\n",
-        "WAR on `test` / on other data: `test_ood`, for the rule `test_unseen`.\n",
+        "WAR on `test` / on other data: `test_ood`, for the rule `test_unseen`. The tests have as "
+        "many clips of each emotion, so UAR is the same, but for the rule's.\n",
         accuracy_table(results),
         "RLVR less label-only, paired by seed; and in how many seeds it is better / worse.\n",
         paired_table(results),
@@ -461,8 +451,7 @@ def page(facts):
         "label; EPC: it is the answer; FCR: both.\n",
         reasoning_table(results),
         "## Face and voice\n",
-        "`swapped` clips have one clip's face and another's voice. What is answered: the emotion "
-        "of the two together, that of the face's clip, that of the voice's.\n",
+        "`swapped` clips have one clip's face and another's voice. Whose emotion is answered?\n",
         swapped_table(results),
         "## How far from the start\n",
         "KL from the model that training started from, in nats per completion, on `test`.\n",
