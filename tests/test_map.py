@@ -23,8 +23,10 @@ def test_every_job_is_one_of_a_world_and_once_there():
         assert world in experiment.WORLDS and arm in {*experiment.STARTS_FROM, *starts}
         assert 0 <= seed < 5
     # The chosen learning rates were tried, with seeds that are used for nothing else.
-    for arm, lr in (experiment.SFT_LR | experiment.GRPO_LR).items():
-        assert arm == "grpo_think" or lr in experiment.LR_TRIED[arm]
+    for arm, rates in experiment.SFT_LR.items():
+        assert set(rates) <= set(experiment.LR_TRIED[arm])
+    assert experiment.GRPO_LR["grpo_answer"] in experiment.LR_TRIED["grpo_answer"]
+    assert experiment.GRPO_LR["grpo_think"] == experiment.train_grpo.Config().lr
     assert all(seed >= 10 for *_, seed in experiment.jobs(choose=True))
     assert {job[1] for job in experiment.jobs(quick=True)} <= set(experiment.WORLDS)
 
