@@ -35,6 +35,14 @@ NAMES = {
     "rule": "rule, unseen pairs",
     "scene": "walls that tell: ",
 }
+RIVALS = ("label_only", "grpo_think")
+OWES = {  # what an arm starts from, and what it learns from
+    "label_only": ("base", "labels"),
+    "label_cold": ("cold start", "labels"),
+    "own_correct": ("cold start", "own completions that are right, with `<think>`"),
+    "grpo_answer": ("cold start of words", "own answers, rewarded"),
+    "grpo_think": ("cold start", "own completions, rewarded"),
+}
 COLOURS = dict(zip(ARMS, ("tab:red", "tab:orange", "tab:green", "tab:purple", "tab:blue")))
 
 
@@ -119,12 +127,38 @@ def accuracy_table(results):
         seeds = len(values(results, world, "grpo_think", "test.war"))
         line = [world_name(world), str(seeds)]
         for arm in ARMS:
-            home = values(results, world, arm, "test.war")
-            other = values(results, world, arm, f"{away(world)}.war")
-            fewer = f" ({len(home)})" if len(home) != seeds else ""
-            line.append(f"{cell(home)} / {cell(other)}{fewer}" if home else "")
+            known = len(values(results, world, arm, "test.war"))
+            fewer = f" ({known})" if known != seeds else ""
+            line.append(f"{home_and_away(results, world, arm)}{fewer}" if known else "")
         lines.append(line)
     return table(["world", "seeds", *ARMS.values()], lines)
+
+
+def summary_table(results):
+    """Of when_rlvr_wins.md: RLVR beside its rival."""
+    lines = []
+    for world in results:
+        runs = [values(results, world, arm, f"{away(world)}.war") for arm in RIVALS]
+        pairs = [(runs[0][seed], runs[1][seed]) for seed in runs[1] if seed in runs[0]]
+        better, worse = (sum(s * (b - a) > 0 for a, b in pairs) for s in (1, -1))
+        cells = [home_and_away(results, world, arm) for arm in RIVALS]
+        lines.append([world_name(world), *cells, str(len(pairs)), f"{better} / {worse}"])
+    return table(["world", "label-only", "RLVR", "seeds", "RLVR better / worse away"], lines)
+
+
+def arms_table(results):
+    """Of when_rlvr_wins.md: what each arm owes to what."""
+    lines = []
+    for arm, owes in OWES.items():
+        cells = [home_and_away(results, world, arm) for world in ("wrong_0.5", "confused_0.4")]
+        lines.append([ARMS[arm], *owes, *cells])
+    head = ["", "starts from", "learns from", "half wrong, uniformly", "40 % wrong, confused"]
+    return table(head, lines)
+
+
+def home_and_away(results, world, arm):
+    home = values(results, world, arm, "test.war")
+    return f"{cell(home)} / {cell(values(results, world, arm, f'{away(world)}.war'))}"
 
 
 def paired_table(results):
