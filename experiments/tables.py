@@ -38,8 +38,8 @@ METHODS = {
     "cold_start": "cold start",
     "label_only": "label-only SFT",
     "rlvr": "RLVR (GRPO)",
-    "label_only_noisy": "label-only SFT, half of the labels wrong",
-    "rlvr_noisy": "RLVR (GRPO), half of the labels wrong",
+    "label_only_noisy": "label-only SFT, half wrong",
+    "rlvr_noisy": "RLVR (GRPO), half wrong",
 }
 # The methods' results among those of map.sh: world and arm.
 IN_THE_MAP = {
@@ -80,8 +80,7 @@ FORMS = {"KL": "{:.3f}", "length": "{:.1f}"}
 
 # Tables that pages quote: the page, the experiment, the figures.
 QUOTED = [
-    ("README.md", "table1", RATES[:5]),
-    ("README.md", "ablations", ["test_ood WAR", "sampled accuracy", "face true", "KL"]),
+    ("README.md", "table1", RATES[::2]),
     ("docs/variants.md", "table1", TRUE[5:]),
     ("docs/variants.md", "table1", ALONE),
     ("docs/variants.md", "ablations", VARIANTS),
@@ -227,7 +226,7 @@ def table1_page(head, results):
         head,
         markdown_table(results, RATES),
         "\nThe base is one, of seed 0, as the published one is one. The others: seeds 0 to 4. "
-        "Clean labels, unless it says otherwise.",
+        "Clean labels; in the last two lines half of them are wrong.",
         "\n## Is the reasoning true?\n",
         "Statements in `<think>` about face and voice that are true; and the emotion that follows "
         "from them: is it the label (EEA), the answer (EPC), both (FCR)?\n",

@@ -150,7 +150,7 @@ def test_table1_is_read_from_the_map(tmp_path):
     assert not any("true" in figure for figure in results["label_only"]["0"])
     shown = tables.markdown_table(results, ["test WAR", "test face true"])
     assert "| RLVR (GRPO) | 55.0 ± 7.1 | 70.0 ± 0.0 |" in shown
-    assert "| RLVR (GRPO), half of the labels wrong | 55.0 ± 7.1 | 70.0 ± 0.0 |" in shown
+    assert "| RLVR (GRPO), half wrong | 55.0 ± 7.1 | 70.0 ± 0.0 |" in shown
     assert "| base | 50.0 | 70.0 |" in shown
     assert "| label-only SFT | 55.0 ± 7.1 | – |" in shown
     assert "label-only" not in tables.markdown_table(results, ["test face true"])

@@ -160,6 +160,19 @@ def test_the_page_holds_every_world_and_every_prediction(facts, tmp_path):
     assert (tmp_path / "map.png").stat().st_size > 10_000
 
 
+def test_the_pages_are_those_of_the_results():
+    """map.md whole, and the tables that when_rlvr_wins.md quotes."""
+    folder = ROOT / "experiments"
+    facts = json.loads((folder / "map.json").read_text(encoding="utf-8"))
+    assert (folder / "map.md").read_text(encoding="utf-8") == map_page.page(facts)
+    text = (folder / "when_rlvr_wins.md").read_text(encoding="utf-8")
+    assert map_page.summary_table(facts["results"]) in text
+    assert map_page.arms_table(facts["results"]) in text
+    claims = map_page.predicted(facts["results"])
+    failed = sum(held == "**no**" for *_, held in claims)
+    assert f"Of {len(claims)} claims {failed} failed" in text
+
+
 def test_what_is_paired_is_paired_by_seed():
     def runs(*wars):
         return {str(seed): {"test": {"war": war}} for seed, war in enumerate(wars)}
