@@ -23,6 +23,7 @@ completion, and NAME_confusion.png. An interrupted evaluation goes on from NAME.
 import glob
 import json
 import os
+import random
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -321,6 +322,8 @@ def unique_names(manifests):
 # --------------------------------------------------------------------------------------------------
 # During training
 
+EXAMPLES = 12  # completions of all tests together that results.json has before and after
+
 
 class RunEvaluation:
     """What a GRPO run is measured by: --test before and after, --val on the way, always greedy."""
@@ -346,8 +349,15 @@ class RunEvaluation:
         for name, clips in self.tests.items():
             log = run.skip_log(f"skipped_{name}.txt")
             rows = evaluate(self.omni, clips, self.settings, f"{name}, {when}", skip_log=log)
-            results[name] = score(rows)
+            results[name] = score(rows) | {"examples": self._examples(rows, clips)}
         return results
+
+    def _examples(self, rows, clips):
+        """Some of a test's rows for the page that show.py makes of a run: the same clips before and
+        after."""
+        count = min(len(rows), max(1, EXAMPLES // len(self.tests)))
+        chosen = sorted(random.Random(0).sample(range(len(rows)), count))
+        return [rows[i] | {"modality": clips.examples[rows[i]["index"]].modality} for i in chosen]
 
     def before(self, run):
         """Evaluate the model that training starts from, unless that has been done."""

@@ -3,13 +3,21 @@
     python show.py clip CLIP --out seen.png                         frames and log-mel of a clip
     python show.py curves runs/grpo/metrics.jsonl --out curves.png  rewards, KL, ... of a run
     python show.py confusion RESULT.json --out confusion.png        truth against answer
-    python show.py clip --help                                      what each of them can be told
+    python show.py table RESULT.json ... --out table.png            WAR and UAR, models side by side
+
+Or pages, one HTML file each that holds all it shows:
+
+    python show.py run runs/grpo --out page.html              curves, groups token by token, clips
+    python show.py clip CLIP --model DIR ... --out page.html  what each model says of a clip
+    python show.py table RESULT.json ... --out table.html     the numbers, with bars
+    python show.py clip --help                                what each of them can be told
 
 CLIP is any media file, metrics.jsonl what train_grpo.py writes (and may still be writing), and
 RESULT.json what evaluate.py writes. The ending of --out chooses the format: .png, .pdf, .svg, ...
 """
 
 import argparse
+import contextlib
 import json
 import os
 import textwrap
@@ -53,11 +61,18 @@ def write_picture(figure, path, dpi):
     known = sorted(figure.canvas.get_supported_filetypes())
     require(kind in known, f"{path}: ends with none of .{', .'.join(known)}")
     require(not path.is_dir(), f"{path}: is a folder; give the picture a name, such as seen.png")
+    with whole_file(path) as partial:
+        figure.savefig(partial, format=kind, dpi=dpi)
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Inside, the name of a file to write, which takes the place of `path` when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     with naming(path):
         try:
-            figure.savefig(partial, format=kind, dpi=dpi)
+            yield partial
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
@@ -166,8 +181,8 @@ def draw_lines(axis, names, metrics):
         axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
 
 
-def read_metrics(path):
-    """metrics.jsonl of train_grpo.py -> one dict per update. Raises DataError."""
+def read_lines(path):
+    """A file of JSON lines that may still be written -> its objects. Raises DataError."""
     try:
         # What follows the last newline is a line that is still being written.
         whole = read_text(path).split("\n")[:-1]
@@ -176,7 +191,12 @@ def read_metrics(path):
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: cannot be read as JSON lines ({error})") from error
-    updates = [line for line in lines if isinstance(line, dict) and "update" in line]
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def read_metrics(path):
+    """metrics.jsonl of train_grpo.py -> one dict per update. Raises DataError."""
+    updates = [line for line in read_lines(path) if "update" in line]
     require(updates, f"{path}: holds no update yet; is it the metrics.jsonl of train_grpo.py?")
     return updates
 
@@ -233,18 +253,69 @@ def read_result(path):
 
 
 # ------------------------------------------------------------------------------------------------
+# Several models
+
+
+def scores_of(files, published=False):
+    """Results files of evaluate.py -> {model: {data set: (WAR, UAR)}}, in percent.
+
+    published: the models of the paper's Table 1, too. Raises DataError."""
+    import evaluate  # here, as it draws with this file
+
+    cells = {}
+    for file in files:
+        model, name, scores, _ = evaluate.read_result(file)
+        cells.setdefault(model, {})[name] = scores
+    if published:
+        cells |= {f"{model} (published)": row for model, row in evaluate.PUBLISHED.items()}
+    return cells
+
+
+def draw_scores(cells, path):
+    """Draw scores_of's: a bar per model for each data set, WAR left and UAR right (the paper's
+    Figure 2)."""
+    sets = list(dict.fromkeys(name for row in cells.values() for name in row))
+    figure = new_figure(12, 4)
+    width = 0.8 / len(cells)
+    for axis, (number, title) in zip(figure.subplots(1, 2), enumerate(("WAR", "UAR"))):
+        for place, (model, row) in enumerate(cells.items()):
+            known = [x for x, name in enumerate(sets) if name in row]
+            heights = [row[sets[x]][number] for x in known]
+            left = [x - 0.4 + width * (place + 0.5) for x in known]
+            bars = axis.bar(left, heights, width, label=model.replace("$", r"\$"))
+            axis.bar_label(bars, fmt="%.0f", fontsize=8)
+        axis.set_xticks(range(len(sets)), sets, parse_math=False)
+        axis.set(title=title, ylim=(0, 105), ylabel="percent")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    write_picture(figure, path, dpi=110)
+
+
+# ------------------------------------------------------------------------------------------------
 # The script
 
 
 def parse_args(argv=None):
-    """Command line -> what to draw (args.picture), from what, and where to."""
+    """Command line -> what to draw (args.picture), from what, and where to; args.flags: what is
+    evaluate.py's."""
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     pictures = parser.add_subparsers(dest="picture", required=True)
 
+    run = pictures.add_parser("run", help="a page about a run of train_grpo.py")
+    run.add_argument("run", help="its folder")
+    run.add_argument("--out", help="the page (default: page.html in that folder)")
+
     clip = pictures.add_parser("clip", help="frames and log-mel of a clip, as the towers get them")
     clip.add_argument("clip", help="a media file")
-    clip.add_argument("--out", default="seen.png", help="the picture (default: seen.png)")
+    clip.add_argument("--out", help="the picture (default: seen.png), or page (page.html)")
+    clip.add_argument(
+        "--model",
+        nargs="+",
+        metavar="DIR",
+        help="checkpoints: a page with what each of them gets and says; evaluate.py's flags go on "
+        "to it, frames and size are the model's",
+    )
     clip.add_argument(
         "--frames",
         type=int,
@@ -277,17 +348,43 @@ def parse_args(argv=None):
     confusion.add_argument(
         "--out", default="confusion.png", help="the picture (default: confusion.png)"
     )
-    return parser.parse_args(argv)
+
+    table = pictures.add_parser("table", help="WAR and UAR of several models, side by side")
+    table.add_argument("results", nargs="+", help="results files of evaluate.py")
+    table.add_argument("--published", action="store_true", help="the paper's models, too")
+    table.add_argument("--out", default="table.png", help="picture or page (default: table.png)")
+    args, args.flags = parser.parse_known_args(argv)
+    if args.flags and not getattr(args, "model", None):
+        parser.error(f"unrecognized arguments: {' '.join(args.flags)}")
+    return args
+
+
+def pages():
+    from support import pages  # here, as evaluate.py and the training scripts draw with this file
+
+    return pages
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.picture == "clip":
+    if args.picture == "run":
+        args.out = args.out or str(Path(args.run) / "page.html")
+        pages().run_page(args.run, args.out)
+    if args.picture == "clip" and args.model:
+        args.out = args.out or "page.html"
+        pages().clip_page(args.clip, args.model, args.out, ["--fit", args.fit, *args.flags])
+    elif args.picture == "clip":
+        args.out = args.out or "seen.png"
         draw_seen(args.clip, args.out, args.frames, args.size, fit=args.fit)
     if args.picture == "curves":
         draw_curves(read_metrics(args.metrics), args.out)
     if args.picture == "confusion":
         draw_confusion(read_result(args.result), args.out)
+    if args.picture == "table":
+        draw = draw_scores
+        if Path(args.out).suffix.lower() in (".html", ".htm"):
+            draw = pages().table_page
+        draw(scores_of(args.results, args.published), args.out)
     print(f"written: {args.out}")
 
 

@@ -20,8 +20,9 @@ Without --preset, the flags' defaults are the toy's. Without --model, what the t
 first and kept for the next run: clips and the cold start, under runs/toy.
 
 Writes to --out: last/ and best/ (checkpoints in the published layout; best by --val),
-metrics.jsonl, curves.png, results.json; and state/ until the run is finished: stopped by whatever,
-the same command goes on with it. docs/metrics.md explains every metric.
+metrics.jsonl, curves.png, results.json, completions.jsonl (`python show.py run` makes a page of
+them); and state/ until the run is finished: stopped by whatever, the same command goes on with it.
+docs/metrics.md explains every metric.
 """
 
 import math
@@ -98,7 +99,7 @@ class Config(TrainingFlags):  # and those: model, data, seed, workers, saving, .
     val_every: int = flag(20, "updates between evaluations on --val, and drawn curves", least=1)
     show_every: int = flag(10, "updates between printed samples; 0: none", least=0)
     log_completions: bool = flag(
-        False, "write every group to completions.jsonl: texts, rewards, advantages"
+        False, "keep every group in completions.jsonl, not only those of show.py's page"
     )
 
 
@@ -295,7 +296,7 @@ def main(argv=None):
     run.track(parameters, optimizer.adamw)  # a resumed run's weights and moments come back
     optimizer.park_moments()
     evaluation.before(run)
-    completions = CompletionLog(run) if config.log_completions else None
+    completions = CompletionLog(run, omni.tokenizer)
 
     for update, items in run.steps(batches, config.updates, "grpo"):
         # The frozen towers, once per clip: policy and reference share what comes out.
@@ -333,8 +334,7 @@ def main(argv=None):
             evaluation.validate(line, run)
         if config.show_every and (update % config.show_every == 0 or update == 1):
             show_group(update, rollout)
-        if completions:
-            completions.add(update, rollout)
+        completions.add(update, rollout)
         run.log(line, SHOWN)
 
     evaluation.after(run)

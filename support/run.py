@@ -85,8 +85,8 @@ FREE = set(
 # What the training scripts write into an output folder: a run's own, and a checkpoint's files.
 WRITTEN = (
     "metrics.jsonl curves.png results.json best last state state.done checkpoint skipped*.txt "
-    "nonfinite_*.json completions*.jsonl made_from.json text_metrics.jsonl *.partial .*.saving "
-    "config.json model.safetensors siglip whisper bert"
+    "nonfinite_*.json completions*.jsonl page.html made_from.json text_metrics.jsonl *.partial "
+    ".*.saving config.json model.safetensors siglip whisper bert"
 ).split()
 WRITTEN += [Path(name).parts[0] for name in COMPANIONS]
 

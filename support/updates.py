@@ -1,6 +1,7 @@
 """What is said about a GRPO update: the check of the first, a line of metrics, groups as text."""
 
 import json
+import os
 
 import torch
 from tqdm import tqdm
@@ -8,9 +9,9 @@ from tqdm import tqdm
 from rewards import extract_answer
 from show import group_text
 from support.clock import lap
-from support.errors import naming
+from support.errors import DataError, naming
 from support.optimizer import Evidence
-from support.ranks import mean_over_ranks, rank_file, sum_over_ranks
+from support.ranks import RANK, mean_over_ranks, rank_file, sum_over_ranks
 
 # How far two passes over the same tokens may differ in log-probability, mean over the tokens of the
 # first update, before they count as two different models. By rounding alone bf16 differs by 0.013
@@ -96,40 +97,97 @@ def log_line(update, rollout, step_metrics):
     return line
 
 
+def telling_group(rollout):
+    """The number of the group that teaches most: the one whose rewards differ most."""
+    return int(sum(rollout.rewards.values()).std(dim=1).argmax())
+
+
 def show_group(update, rollout):
-    """Print the group that teaches most: its best and its worst completion."""
-    b = int(sum(rollout.rewards.values()).std(dim=1).argmax())
+    """Print the telling group: its best and its worst completion."""
+    b = telling_group(rollout)
     rewards = {name: values[b] for name, values in rollout.rewards.items()}
     example, texts = rollout.batch.examples[b], rollout.texts[b]
     tqdm.write(group_text(update, example, texts, rewards, rollout.advantages[b]))
 
 
-class CompletionLog:
-    """completions.jsonl in a run's folder: a line per group of every update. Each rank has its
-    own file."""
+def group_facts(update, rollout, b):
+    """Group b of an update, JSON-able."""
+    example = rollout.batch.examples[b]
+    return {
+        "update": update,
+        "video": str(example.video),
+        "label": extract_answer(example.answer),
+        "completions": rollout.texts[b],
+        "tokens": rollout.mask[b].sum(-1).tolist(),
+        "rewards": {name: values[b].tolist() for name, values in rollout.rewards.items()},
+        "advantages": rollout.advantages[b].tolist(),
+    }
 
-    def __init__(self, run):
+
+def token_facts(rollout, b, tokenizer):
+    """Group b token by token: each one's text, and its log-probability under policy and reference
+    (None without one)."""
+    example, mask = rollout.batch.examples[b], rollout.mask[b]
+    logps, sampled = rollout.old_logps[b].cpu(), rollout.sampled_logps[b].cpu()
+    logps = torch.where(logps.isnan(), sampled, logps)  # what taught nothing was not scored
+
+    def rows(values):  # (G, C) -> G lists, of the tokens that count
+        return [row[counts].tolist() for row, counts in zip(values, mask)]
+
+    def rounded(values):
+        return [[round(number, 5) for number in row] for row in rows(values)]
+
+    def text(token):
+        return tokenizer.tokenizer.decode([token], skip_special_tokens=False)
+
+    return {
+        "question": example.question,
+        "modality": example.modality,
+        "ended": rollout.ended[b].tolist(),
+        "pieces": [[text(token) for token in row] for row in rows(rollout.ids[b])],
+        "logps": rounded(logps),
+        "ref_logps": None if rollout.ref_logps is None else rounded(rollout.ref_logps[b].cpu()),
+    }
+
+
+class CompletionLog:
+    """completions.jsonl in a run's folder: a line per group.
+
+    Of the first, the middle and the last update the telling group, token by token, which show.py
+    makes a page of. With --log-completions all groups of every update; then each rank has its own
+    file, otherwise rank 0's groups are enough."""
+
+    def __init__(self, run, tokenizer):
         """What a resumed run will do again is cut off."""
+        self.config, self.tokenizer = run.config, tokenizer
         self.path = rank_file(run.folder / "completions.jsonl")
-        with naming(self.path):
-            self.path.touch()
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]
-            kept = [line for line in whole if json.loads(line)["update"] <= run.step]
-            self.path.write_text("".join(kept), encoding="utf-8")
+        if self.path.exists():
+            with naming(self.path):
+                self._cut_off_after(run.step)
+
+    def _cut_off_after(self, update):
+        kept = 0
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            try:
+                whole = line.endswith(b"\n") and json.loads(line)["update"] <= update
+            except (ValueError, TypeError, KeyError) as error:
+                raise DataError(
+                    f"{self.path}: is not as this run wrote it ({error}); put it back, or delete it"
+                ) from None
+            if not whole:
+                break
+            kept += len(line)
+        os.truncate(self.path, kept)
 
     def add(self, update, rollout):
+        moments = (1, (self.config.updates + 1) // 2, self.config.updates)
+        telling = telling_group(rollout) if RANK == 0 and update in moments else None
         lines = []
-        for b, (example, texts) in enumerate(zip(rollout.batch.examples, rollout.texts)):
-            group = {
-                "update": update,
-                "video": str(example.video),
-                "label": extract_answer(example.answer),
-                "completions": texts,
-                "tokens": rollout.mask[b].sum(-1).tolist(),
-                "rewards": {name: values[b].tolist() for name, values in rollout.rewards.items()},
-                "advantages": rollout.advantages[b].tolist(),
-            }
-            lines.append(json.dumps(group, ensure_ascii=False) + "\n")
-        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write("".join(lines))
+        for b in range(len(rollout.batch)):
+            if b == telling or self.config.log_completions:
+                group = group_facts(update, rollout, b)
+                group |= token_facts(rollout, b, self.tokenizer) if b == telling else {}
+                lines.append(json.dumps(group, ensure_ascii=False) + "\n")
+        if lines:
+            with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
+                file.write("".join(lines))

@@ -1,22 +1,32 @@
-"""show.py: pictures of clips, runs and results, with what is in them, and what it refuses."""
+"""show.py: pictures and pages of clips, runs and results, with what is in them, and what it
+refuses."""
 
 import errno
 import json
+import math
 import os
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.image
 import pytest
 import torch
 from conftest import GOLDEN, ROOT
 from matplotlib.text import Text
+from runs import CHECKPOINT, CLIPS, EVALUATE, GRPO, stop_in_update, write_manifest
 from test_data import write_clip
 
+import evaluate
 import show
+import train_grpo
 from data import QUESTION_REASONING, Example
+from grpo import grpo_loss
+from support import pages, updates
 from support.errors import ClipError, DataError
+from support.run import make_room
 
 
 def read_picture(path):
@@ -276,6 +286,416 @@ def test_confusion_of_something_else_is_refused(tmp_path, text, message):
 
 
 # ------------------------------------------------------------------------------------------------
+# Several models
+
+
+def write_result(path, model, name, war, uar):
+    metrics = {"war": war, "uar": uar, "n": 10, "unknown": 1, "unformatted": 0, "truncated": 0}
+    result = {"name": name, "settings": {"model": model}, "metrics": metrics}
+    path.write_text(json.dumps(result))
+    return str(path)
+
+
+@pytest.fixture
+def result_files(tmp_path):
+    return [
+        write_result(tmp_path / "1.json", "before", "dfew_test", 0.25, 0.125),
+        write_result(tmp_path / "2.json", "after <b>", "dfew_test", 0.75, 0.5),
+        write_result(tmp_path / "3.json", "after <b>", "other", 1.0, 1.0),
+    ]
+
+
+def test_scores_of_several_models(result_files):
+    cells = show.scores_of(result_files)
+    assert cells == {
+        "before": {"DFEW": (25.0, 12.5)},
+        "after <b>": {"DFEW": (75.0, 50.0), "other": (100.0, 100.0)},
+    }
+    published = show.scores_of(result_files, published=True)
+    assert published["R1-Omni (published)"]["RAVDESS"] == (43.00, 44.69)
+
+
+def test_scores_are_bars(result_files, figures):
+    show.draw_scores(show.scores_of(result_files), "table.png")
+    war, uar = figures[0].axes
+    for axis, title, expected in ((war, "WAR", [25, 75, 100]), (uar, "UAR", [12.5, 50, 100])):
+        assert axis.get_title() == title
+        assert [bar.get_height() for bar in axis.patches] == expected
+        middles = [bar.get_x() + bar.get_width() / 2 for bar in axis.patches]
+        # Of two models the first stands left of the data set's mark, the second right.
+        assert middles == pytest.approx([-0.2, 0.2, 1.2])
+        assert [label.get_text() for label in axis.get_xticklabels()] == ["DFEW", "other"]
+    assert {"before", "after <b>"} <= set(texts_of(figures[0]))
+
+
+@pytest.mark.parametrize("name", ["table.png", "table.html"])
+def test_a_table_of_files(result_files, tmp_path, capsys, name):
+    out = tmp_path / "new" / name
+    show.main(["table", *result_files, "--published", "--out", str(out)])
+    assert name in capsys.readouterr().out and os.listdir(out.parent) == [name]
+    if name.endswith("png"):
+        assert read_picture(out).ndim == 3
+        return
+    page = read_page(out)
+    assert "after <b> 75.00 50.00 100.00 100.00 – – – –" in page.text
+    assert "EMER-SFT (published) 38.66 35.31 – – 38.39 28.02 29.00 27.19" in page.text
+    with pytest.raises(DataError, match="nothing.json: not a result of evaluate.py"):
+        show.main(["table", str(tmp_path / "nothing.json"), "--out", str(out)])
+
+
+# ------------------------------------------------------------------------------------------------
+# Pages
+
+
+class Page(HTMLParser):
+    """A page as a browser reads it: its elements, and its text with single spaces."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.source, self.elements, self.pieces = path.read_text(encoding="utf-8"), [], []
+        self.feed(self.source)
+        self.text = " ".join(" ".join(self.pieces).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.pieces.append(data)
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def read_page(path):
+    """A page, and it loads nothing: pictures lie in it, and no other element names an address."""
+    page = Page(path)
+    for word in ("http:", "https:", "url(", "@import"):
+        assert word not in page.source, word
+    for tag, attributes in page.elements:
+        assert not {"href", "action", "data", "srcset", "poster"} & attributes.keys(), tag
+        assert tag == "img" or "src" not in attributes, tag
+        assert not any(name.startswith("on") for name in attributes), tag
+    assert all(image["src"].startswith("data:image/jpeg;base64,") for image in page.all("img"))
+    assert len(page.all("script")) == len(page.all("style")) == len(page.all("main")) == 1
+    return page
+
+
+def variety(completion, label):
+    """A reward that tells random completions apart."""
+    return len(set(completion)) / 10
+
+
+def train(folder, out, more=""):
+    """A small GRPO run with a KL that is felt."""
+    manifest = write_manifest(folder / "manifest.json")
+    flags = "--updates 4 --group 3 --max-new-tokens 6 --lr 1e-2 --beta 0.5 --save-every 2"
+    paths = ["--data", manifest, "--test", manifest, "--out", str(out)]
+    train_grpo.main([*GRPO, *flags.split(), *paths, *more.split()])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run that nothing has disturbed."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train_grpo.REWARDS, "variety", variety)
+        train(folder, folder / "grpo")
+    return folder / "grpo"
+
+
+def read_groups(run):
+    return [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
+
+
+def test_a_run_keeps_three_groups_token_by_token(finished):
+    groups = read_groups(finished)
+    assert [group["update"] for group in groups] == [1, 2, 4]
+    for group in groups:
+        assert group["question"] == QUESTION_REASONING and group["modality"] == "video_audio"
+        assert len(group["pieces"]) == len(group["completions"]) == 3
+        for g, pieces in enumerate(group["pieces"]):
+            counts = {len(pieces), len(group["logps"][g]), len(group["ref_logps"][g])}
+            assert counts == {group["tokens"][g]}
+            if all("\ufffd" not in piece for piece in pieces):
+                shown = "".join(pieces).removesuffix("<|im_end|>").removesuffix("<|endoftext|>")
+                assert shown == group["completions"][g]
+    # In the first update the policy is the reference.
+    assert groups[0]["logps"][0] == pytest.approx(groups[0]["ref_logps"][0], abs=1e-4)
+    assert groups[2]["logps"][0] != pytest.approx(groups[2]["ref_logps"][0], abs=1e-2)
+    # The one whose rewards differ most: with --log-completions, of all groups of the update.
+    assert any(groups[0]["advantages"])
+
+
+def test_an_interrupted_run_keeps_the_same_groups(finished, tmp_path, monkeypatch):
+    monkeypatch.setitem(train_grpo.REWARDS, "variety", variety)
+    with monkeypatch.context() as patch:
+        stop_in_update(patch, 4)  # its group is written, its state is not
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, tmp_path / "grpo")
+    assert [group["update"] for group in read_groups(tmp_path / "grpo")] == [1, 2, 4]
+    with open(tmp_path / "grpo" / "completions.jsonl", "a") as file:
+        file.write('{"update": 4, "vid')  # killed while it wrote
+    train(tmp_path, tmp_path / "grpo")
+    assert read_groups(tmp_path / "grpo") == read_groups(finished)
+
+
+def log_in(folder, **more):
+    """The log of a run's second update that is to come."""
+    config = train_grpo.Config(updates=2, **more)
+    return updates.CompletionLog(SimpleNamespace(folder=folder, step=1, config=config), None)
+
+
+def test_completions_that_cannot_be_read_are_named(tmp_path):
+    file = tmp_path / "completions.jsonl"
+    file.write_text('{"update": 1}\n{"update": 2}\n')
+    log_in(tmp_path)
+    assert file.read_text() == '{"update": 1}\n'
+    file.write_text("no json\n")
+    with pytest.raises(DataError, match=r"completions.jsonl: is not as this run wrote it"):
+        log_in(tmp_path)
+
+
+@pytest.mark.parametrize("all_of_them, lines", [(False, []), (True, [2, 2])])
+def test_other_ranks_write_all_their_groups_or_none(tmp_path, monkeypatch, all_of_them, lines):
+    monkeypatch.setattr(updates, "RANK", 1)
+    monkeypatch.setattr(updates, "group_facts", lambda update, rollout, b: {"update": update})
+    rollout = train_grpo.Rollout([None] * 2, *[None] * 5)
+    log_in(tmp_path, log_completions=all_of_them).add(2, rollout)
+    found = read_groups(tmp_path) if (tmp_path / "completions.jsonl").exists() else []
+    assert [group["update"] for group in found] == lines
+
+
+def test_pulls_by_hand():
+    half, quarter = math.log(0.5), math.log(0.25)
+    # A - beta (1 - pi_ref / pi): twice as likely as before is pulled back, half as likely held up.
+    pull, parts = pages.pulls(1.0, [half, quarter, half], [quarter, half, half], beta=0.2)
+    assert pull == pytest.approx([1.0 - 0.2 * 0.5, 1.0 + 0.2 * 1.0, 1.0])
+    assert parts == pytest.approx([-0.1, 0.2, 0.0])
+    assert pages.pulls(-1.5, [half], None, beta=0.2) == ([-1.5], [0.0])
+    assert pages.pulls(-1.5, [half], [quarter], beta=0.0) == ([-1.5], [0.0])
+
+
+def test_pulls_are_the_losss_gradient():
+    torch.manual_seed(0)
+    logps, ref_logps = -3 * torch.rand(2, 2, 5), -3 * torch.rand(2, 2, 5)
+    advantages = torch.tensor([[1.0, -1.0], [0.5, -0.5]])
+    lengths = torch.tensor([[5, 3], [1, 4]])
+    mask = torch.arange(5) < lengths[..., None]
+    logps.requires_grad_()
+    loss, _ = grpo_loss(logps, None, ref_logps, advantages, mask, beta=0.3)
+    loss.backward()
+    for b, g in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        n = int(lengths[b, g])
+        facts = logps[b, g, :n].tolist(), ref_logps[b, g, :n].tolist()
+        pull, _ = pages.pulls(advantages[b, g].item(), *facts, beta=0.3)
+        expected = -logps.grad[b, g, :n] * n * 4  # 4 completions
+        assert pull == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+CONFIG = {"beta": 0.2, "kl": "loss", "mask_truncated": False}
+
+
+def group_by_hand():
+    """Of two completions the second is the better one; the first is cut off."""
+    half, quarter = math.log(0.5), math.log(0.25)
+    return {
+        **{"update": 3, "video": "a.mp4", "label": "sad", "question": "?", "modality": "video"},
+        "rewards": {"accuracy": [0.0, 1.0]},
+        "advantages": [-0.5, 0.5],
+        "ended": [False, True],
+        "pieces": [["fear", " "], ["sad", "\n"]],
+        "logps": [[half, -0.0], [half, half]],
+        "ref_logps": [[quarter, 0.0], [quarter, half]],
+    }
+
+
+def asked(view, name):
+    """The colours of all tokens, completion by completion."""
+    return [[token["asked"][name] for token in c["tokens"]] for c in view["completions"]]
+
+
+def test_a_group_is_ranked_and_coloured():
+    view = pages.view_of_group(group_by_hand(), CONFIG)
+    assert [c["advantage"] for c in view["completions"]] == [0.5, -0.5]
+    assert [c["rewards"] for c in view["completions"]] == [{"accuracy": 1.0}, {"accuracy": 0.0}]
+    # Shares of the largest advantage, at most 1: -0.5 - 0.1 is more.
+    assert asked(view, "pull") == [[0.8, 1.0], [-1.0, -1.0]]
+    assert asked(view, "kl") == [[-1.0, 0.0], [-1.0, 0.0]]  # -0.1 is the largest of all
+    # Shares of 0.6 / 2. A token that was sure has nothing left to be learned.
+    assert asked(view, "logit") == [[0.667, 0.833], [-1.0, 0.0]]
+    first = view["completions"][0]["tokens"]
+    assert first[0]["said"] == (
+        "'sad' · log π -0.693 (50.0%) · reference -1.386 (25.0%) · pull +0.400 = A +0.500 and "
+        "KL -0.100"
+    )
+    assert first[1]["text"] == "⏎\n"
+
+
+def test_what_has_no_gradient_has_no_colour():
+    view = pages.view_of_group(group_by_hand(), CONFIG | {"mask_truncated": True})
+    assert asked(view, "pull") == [[0.8, 1.0], [0.0, 0.0]]
+    assert [c["learns"] for c in view["completions"]] == [True, False]
+    for change in ({"kl": "reward"}, {"beta": 0.0}):
+        view = pages.view_of_group(group_by_hand(), CONFIG | change)
+        assert asked(view, "pull") == [[1.0, 1.0], [-1.0, -1.0]]
+        assert asked(view, "kl") == [[0.0, 0.0], [0.0, 0.0]]
+    equal = group_by_hand() | {"advantages": [0.0, 0.0], "ref_logps": None}
+    view = pages.view_of_group(equal, CONFIG)
+    assert view["equal"] and asked(view, "pull") == [[0.0, 0.0], [0.0, 0.0]]
+
+
+def test_curves_of_a_page_by_hand():
+    metrics = [{"update": 1, "kl": 0.0}, {"update": 3, "kl": 0.3, "x": -1.5}, {"update": 5}]
+    chart = pages.chart("KL", ["kl", "x"], metrics)
+    # From -2 to 0.5, from update 1 to 5; y grows downwards.
+    assert chart["scale"] == ["0.5", "-0.75", "-2"] and chart["ends"] == (1, 5)
+    assert [line["points"] for line in chart["lines"]] == [[(0, 20), (50, 8)], [(50, 80)]]
+    assert chart["lines"][0]["last"] == 0.3
+    assert pages.chart("KL", ["nothing"], metrics)["lines"] == []
+    flat = pages.chart("KL", ["kl"], metrics[:1])
+    assert flat["scale"] == ["1", "0.5", "0"] and flat["lines"][0]["points"] == [(0, 100)]
+    assert [pages.round_up(x) for x in (0, 1, 1.01, 0.21, 30, 1e-7)] == [0, 1, 2, 0.25, 50, 1e-7]
+
+
+def test_the_page_of_a_run(finished, capsys):
+    show.main(["run", str(finished)])
+    assert "page.html" in capsys.readouterr().out
+    page = read_page(finished / "page.html")
+    groups, results = read_groups(finished), json.loads((finished / "results.json").read_text())
+    for update, group in zip((1, 2, 4), groups):
+        assert f"Update {update} · label: {group['label']}" in page.text
+    tokens = page.all("i")
+    assert len(tokens) == sum(sum(group["tokens"]) for group in groups)
+    assert all("log π" in token["title"] and "pull" in token["title"] for token in tokens)
+    # The keyboard reaches each completion, and from there its tokens.
+    assert [token["tabindex"] for token in tokens].count("0") == 3 * len(groups)
+    for when in ("before", "after"):
+        assert f"{when} {100 * results[when]['manifest']['war']:.2f}" in page.text
+    # Six clips before and after, three groups: four frames and a log-mel each.
+    assert len(page.all("img")) == (6 + 3) * (4 + 1)
+    assert page.text.count("4 frames, 64 × 64") == 6 + 3
+    assert set(pages.LOOK_FOR) == {"reward by component", *show.PANELS}
+    assert all(" ".join(sentence.split()) in page.text for sentence in pages.LOOK_FOR.values())
+    # A later run in this folder keeps the page with the rest.
+    make_room(finished)
+    assert (finished.parent / "grpo.1" / "page.html").exists()
+    (finished.parent / "grpo.1").rename(finished)
+
+
+def test_results_hold_the_same_clips_before_and_after(finished, tmp_path):
+    results = json.loads((finished / "results.json").read_text())
+    before, after = (results[when]["manifest"]["examples"] for when in ("before", "after"))
+    assert [row["index"] for row in before] == [row["index"] for row in after] == list(range(6))
+    assert [row["completion"] for row in before] != [row["completion"] for row in after]
+    assert all(row["video"] in CLIPS and row["modality"] == "video_audio" for row in before)
+    evaluation = ["--data", str(finished.parent / "manifest.json"), "--out", str(tmp_path)]
+    words = [*EVALUATE, *evaluation, "--model", str(finished / "last"), "--max-new-tokens", "6"]
+    evaluate.main(words)
+    rows = json.loads((tmp_path / "manifest.json").read_text())["completions"]
+    assert [row["completion"] for row in rows] == [row["completion"] for row in after]
+
+
+HOSTILE = (
+    "</i></pre><script>alert(1)</script><img src=x onerror='alert(2)'>\" onclick=\"alert(3) &amp;"
+)
+
+
+def copied(finished, folder, **changes):
+    """A run's folder with other files in it: name -> text, or None for none."""
+    for name in ("metrics.jsonl", "completions.jsonl", "results.json"):
+        (folder / name).write_text((finished / name).read_text())
+    for name, text in changes.items():
+        path = folder / name.replace("_", ".")
+        path.write_text(text) if text is not None else path.unlink()
+    return folder
+
+
+def test_what_a_model_wrote_stays_text(finished, tmp_path):
+    (group, *_), results = read_groups(finished), (finished / "results.json").read_text()
+    group["pieces"][0][0] = group["label"] = group["video"] = HOSTILE
+    results = json.loads(results)
+    results["before"]["manifest"]["examples"][0] |= {"completion": HOSTILE, "label": HOSTILE}
+    texts = {"completions_jsonl": json.dumps(group) + "\n", "results_json": json.dumps(results)}
+    show.main(["run", str(copied(finished, tmp_path, **texts))])
+    page = read_page(tmp_path / "page.html")  # no element and no attribute came of it
+    assert page.text.count(HOSTILE) == 5
+    assert any(repr(HOSTILE)[:30] in token["title"] for token in page.all("i"))
+
+
+def test_the_page_of_a_run_that_goes_on(finished, tmp_path):
+    """No checkpoint, no results, no group yet, a clip that has gone."""
+    run = copied(finished, tmp_path, results_json=None)
+    show.main(["run", str(run), "--out", str(tmp_path / "a.html")])
+    page = read_page(tmp_path / "a.html")
+    assert "No checkpoint is saved yet" in page.text and "The run goes on" in page.text
+    assert len(page.all("i")) and not page.all("img")
+    (run / "completions.jsonl").unlink()
+    show.main(["run", str(run), "--out", str(tmp_path / "b.html")])
+    assert "No group has been kept" in read_page(tmp_path / "b.html").text
+    (run / "last").symlink_to(finished / "last")
+    (group, *_) = read_groups(finished)
+    (run / "completions.jsonl").write_text(json.dumps(group | {"video": "gone.mp4"}) + "\n")
+    show.main(["run", str(run), "--out", str(tmp_path / "c.html")])
+    assert "gone.mp4: no such file" in read_page(tmp_path / "c.html").text
+
+
+def test_a_run_without_its_files_is_refused(finished, tmp_path):
+    with pytest.raises(DataError, match=r"no/metrics.jsonl: no such file; give the --out folder"):
+        show.main(["run", str(tmp_path / "no")])
+    run = copied(finished, tmp_path, results_json='{"before": {"x": {}}}')
+    with pytest.raises(DataError, match="results.json or completions.jsonl is not as train_grpo"):
+        show.main(["run", str(run)])
+    run = copied(finished, tmp_path, results_json="{")
+    with pytest.raises(DataError, match="results.json: cannot be read as JSON"):
+        show.main(["run", str(run)])
+    run = copied(finished, tmp_path, completions_jsonl='{"pieces": 1}\n')
+    with pytest.raises(DataError, match="results.json or completions.jsonl is not as train_grpo"):
+        show.main(["run", str(run)])
+    assert not (tmp_path / "page.html").exists() and not (tmp_path / "no").exists()
+
+
+def test_a_clip_under_several_models(finished, tmp_path, capsys):
+    out, models = tmp_path / "page.html", [CHECKPOINT, str(finished / "last")]
+    words = ["clip", CLIPS[0], "--model", *models, "--max-new-tokens", "5", "--out", str(out)]
+    show.main(words)
+    page = read_page(out)
+    for model in models:
+        capsys.readouterr()
+        evaluate.main([*EVALUATE, "--model", model, "--clip", CLIPS[0], "--max-new-tokens", "5"])
+        said = capsys.readouterr().out
+        assert model in page.text and " ".join(said.split()) in page.text
+    # Both get the same: it is there once.
+    assert len(page.all("img")) == 4 + 1 and page.text.count("4 frames, 64 × 64") == 1
+    assert page.text.count(QUESTION_REASONING.split("\n")[0]) == 1
+    more = ["--modality", "audio", "--question", "Who <b>is</b> it?"]
+    show.main([*words, *more])
+    page = read_page(out)
+    assert len(page.all("img")) == 1 and "Who <b>is</b> it?" in page.text
+
+
+@pytest.mark.parametrize(
+    "words, error, message",
+    [
+        (["a.mp4", "--model", CHECKPOINT], ClipError, "a.mp4: no such file"),
+        ([CLIPS[0], "--model", "nowhere"], ValueError, "nowhere/config.json: not found"),
+        ([CLIPS[0], "--model", CHECKPOINT, "--max-new-tokens", "0"], DataError, "at least 1"),
+        ([CLIPS[0], "--model", CHECKPOINT, "--out", "a.png"], DataError, "ends with .html"),
+    ],
+)
+def test_a_clip_page_that_cannot_be_made(tmp_path, monkeypatch, words, error, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=message):
+        show.main(["clip", *words])
+    assert os.listdir(tmp_path) == []
+
+
+def test_other_flags_are_unknown_without_models(capsys):
+    with pytest.raises(SystemExit):
+        show.main(["clip", CLIPS[0], "--question", "label"])
+    assert "unrecognized arguments: --question label" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------
 # All of them
 
 
@@ -327,8 +747,5 @@ def test_importing_it_does_not_import_matplotlib():
 def test_run_lines_of_the_manual_are_valid():
     lines = [line.split() for line in show.__doc__.splitlines() if "  python " in line]
     commands = [line[2:] for line in lines if "--out" in line]
-    assert {show.parse_args(words[: words.index("--out") + 2]).picture for words in commands} == {
-        "clip",
-        "curves",
-        "confusion",
-    }
+    drawn = {show.parse_args(words[: words.index("--out") + 2]).picture for words in commands}
+    assert drawn == {"clip", "curves", "confusion", "table", "run"}
