@@ -870,7 +870,8 @@ def test_statements_are_checked_against_what_face_and_voice_did(tmp_path, monkey
     assert (result["n"], result["completions"]) == (2, 4)  # two samples of each clip
     # Of the second clip nothing is known.
     assert result["face_true"] == 0.5 and result["voice_true"] == 1.0
-    assert result["follows"] == 0.5  # a frown and a high, fast voice are no emotion's
+    # A frown and a high, fast voice are no emotion's.
+    assert result["eea"] == result["epc"] == result["fcr"] == 0.5
 
 
 # --------------------------------------------------------------------------------------------------
