@@ -142,7 +142,8 @@ def append_rows(log, rows):
 
 def read_log(log, samples):
     """The rows of an unfinished evaluation, of clips that have all their samples."""
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()[1:]]
+    with open(log, encoding="utf-8") as file:  # a completion may hold what splitlines() splits at
+        rows = [json.loads(line) for line in list(file)[1:]]
     counts = Counter(row["index"] for row in rows)
     return [row for row in rows if counts[row["index"]] == samples]
 
@@ -471,7 +472,8 @@ def start_log(path, header):
     lines = []
     for file in (path, *parts):
         if file.exists():
-            lines += file.read_text(encoding="utf-8").splitlines(keepends=True)
+            with open(file, encoding="utf-8") as opened:
+                lines += list(opened)
     lines = [line for line in lines if line.endswith("\n")]
     if lines and lines[0].strip() != header:
         raise DataError(

@@ -274,8 +274,8 @@ def wrong_labels(out, manifest):
     """
     entries = json.loads(Path(manifest).read_text(encoding="utf-8"))
     truth = {Path(entry["video"]).name: entry["emotion"] for entry in entries}
-    lines = (out / "completions.jsonl").read_text(encoding="utf-8").splitlines()
-    groups = [json.loads(line) for line in lines]
+    with open(out / "completions.jsonl", encoding="utf-8") as file:
+        groups = [json.loads(line) for line in file]
     wrong, right = [], []
     for group in groups:
         is_right = group["label"] == truth[Path(group["video"]).name]

@@ -663,6 +663,14 @@ def test_an_interrupted_evaluation_goes_on(stopped_evaluation, manifest, tmp_pat
     assert not log.exists()
 
 
+def test_completions_may_hold_what_other_alphabets_end_lines_with(tmp_path):
+    log, row = tmp_path / "x.partial.jsonl", {"index": 0, "completion": "a\u2028b\x85c\x0bd\r\ne"}
+    evaluate.start_log(log, {"settings": 1})
+    evaluate.append_rows(log, [row])
+    evaluate.start_log(log, {"settings": 1})  # an interrupted evaluation goes on
+    assert evaluate.read_log(log, samples=1) == [row]
+
+
 def test_an_interrupted_evaluation_does_not_go_on_with_another_manifest(
     stopped_evaluation, manifest, tmp_path
 ):
