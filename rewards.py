@@ -12,6 +12,7 @@ import unicodedata
 _FORMAT = re.compile(r"<think>.*</think>\s*<answer>.*</answer>", re.DOTALL)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
+# The first one: what stands behind it is no longer the thinking.
 _THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 # An answer that holds no other: of nested ones, the innermost.
 _ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)

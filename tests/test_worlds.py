@@ -172,7 +172,16 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"rule": True, "films": True}, {"films": True, "labelled": 14}, {"labelled": 600}]
+    "fields",
+    [
+        {"rule": True, "films": True},
+        {"rule": True, "labelled": 14},
+        {"films": True, "labelled": 14},
+        {"labelled": 600},
+        {"labelled": 15},
+        {"labelled": -7},
+        {"confused": True},
+    ],
 )
 def test_worlds_that_make_no_sense(fields):
     with pytest.raises(DataError, match="--"):

@@ -58,14 +58,17 @@ class World:
 
     def __post_init__(self):
         require(
-            not self.rule or not (self.confused or self.films or self.scene >= 0),
-            "the rule's labels are not those of --confused, --films and --scene",
+            not self.rule or not (self.confused or self.labelled or self.films or self.scene >= 0),
+            "the rule's labels are not those of --confused, --labelled, --films and --scene",
         )
         require(not self.films or not self.labelled, "--films says how many clips, --labelled too")
+        wholes = range(0, SPLITS["train"] + 1, len(EMOTIONS))
         require(
-            0 <= self.labelled <= SPLITS["train"],
-            f"--labelled must be from 0 to {SPLITS['train']}, not {self.labelled}",
+            self.labelled in wholes,
+            f"--labelled must be a multiple of {len(EMOTIONS)} up to {SPLITS['train']}, not "
+            f"{self.labelled}",
         )
+        require(self.wrong or not self.confused, "--confused needs a share of --wrong labels")
 
     @property
     def name(self):
