@@ -8,7 +8,8 @@
 Open vocabulary, as in the paper (section 4.2): the prompt lists no classes, the model names the
 emotion itself. The answer is compared with the label as rewards.py does it; a word outside the
 label set is wrong and counted as unknown. --aliases also says how many are right if anger counts as
-angry. WAR is the accuracy, UAR the mean recall over the classes that occur in the ground truth.
+angry. WAR is the accuracy, UAR the mean recall over the classes that occur in the ground truth; of
+explanations EEA, EPC and FCR (support/lexicon.py).
 Decoding is greedy unless --temperature is given; --samples k then averages over k completions per
 clip.
 

@@ -6,8 +6,8 @@
     python -m experiments.map try ARM LR SEED            a learning rate, at a seed for choosing
 
 Every arm gets the same clips with the same labels, and as many visits: 150 optimizer steps of 16
-clips (GRPO: 75 rollouts of 16 prompts, two steps each). All start from one base model; only GRPO
-and its like get a cold start before. The last checkpoint is evaluated: none is selected.
+clips (GRPO: 75 rollouts of 16 prompts, two steps each). All start from one base model, four of the
+five by way of a cold start. The last checkpoint is evaluated: none is selected.
 
     label_only       SFT on the labels from the base: the paper's rival
     label_cold       SFT on the labels from the cold start

@@ -29,6 +29,7 @@ clips are drawn. The splits (`world.SPLITS`):
                                                # (about 20 minutes on 2 cores)
 
     world.py    words and rules: the table above, manifests, what a true statement is
+    worlds.py   other worlds: wrong, few, unequal labels, labels by a rule, walls that tell
     drawing.py  faces, voices, clips
     files.py    a checkpoint directory, all but the weights
     stages.py   base model, cold start, and what `python train_grpo.py` needs

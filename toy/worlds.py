@@ -49,12 +49,8 @@ class World:
     confused: bool = False  # wrong by CONFUSIONS, and not by any other emotion
     labelled: int = 0  # clips to train on, as many of each emotion; 0: all
     films: bool = False  # emotions in training and validation as frequent as in FILMS
-    rule: bool = (
-        False  # labels by RULE, on pairs of face and voice of which test_unseen has the others
-    )
-    scene: float = (
-        -1.0
-    )  # share of training clips whose wall tells the label; below 0: no such walls
+    rule: bool = False  # labels by RULE; SEEN pairs alone, but for the split test_unseen
+    scene: float = -1.0  # share of training clips whose wall tells the label; below 0: any walls
 
     def __post_init__(self):
         require(
