@@ -333,13 +333,13 @@ ALL = tuple(STARTS_FROM)
 THREE = ("label_only", "label_cold", "grpo_think")
 TWO = ("label_only", "grpo_think")
 PLAN = [
-    (("wrong_0.5", "confused_0.4", "wrong_0.0"), THREE, 5),
-    (("wrong_0.5", "confused_0.4", "wrong_0.0"), ("own_correct", "grpo_answer"), 2),
+    (("wrong_0.5", "confused_0.4", "wrong_0.0"), ALL, 5),
     (("rule",), ("cold_start", *THREE), 5),
-    (("films", "wrong_0.6"), THREE, 2),
-    (("wrong_0.4", "scene_1.0", "scene_0.0", "labelled_14"), TWO, 2),
-    (("wrong_0.3", "wrong_0.2", "wrong_0.1"), TWO, 1),
-    (("scene_0.9", "labelled_42", "confused_0.2"), TWO, 1),
+    (("films", "wrong_0.6"), THREE, 5),
+    (("wrong_0.4", "wrong_0.3"), TWO, 5),
+    (("scene_1.0", "scene_0.0", "labelled_14"), TWO, 3),
+    (("wrong_0.2", "wrong_0.1"), TWO, 3),
+    (("scene_0.9", "labelled_42", "confused_0.2"), TWO, 3),
 ]
 QUICK = [(("wrong_0.0", "wrong_0.5"), TWO, 1), (("rule",), TWO, 1)]
 
