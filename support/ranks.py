@@ -34,6 +34,13 @@ def all_ranks():
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")  # noqa: SIM115
     yield
+    leave_together()
+
+
+def leave_together():
+    """The last that every rank calls: a process that ends with gloo's threads alive may abort.
+
+    Not after an error, which may be of this rank alone: NCCL would wait for the others."""
     if WORLD > 1:
         dist.destroy_process_group()
 

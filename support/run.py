@@ -39,7 +39,7 @@ from checkpoint import COMPANIONS, CheckpointError, save_tensors, sync
 from support.clock import lap, timed
 from support.errors import DataError, naming
 from support.flags import Common, flag
-from support.ranks import RANK, on_first_rank, rank_file, true_on_any_rank
+from support.ranks import RANK, leave_together, on_first_rank, rank_file, true_on_any_rank
 
 try:
     import fcntl
@@ -413,6 +413,7 @@ class Run:
                 if stop or step % self.config.save_every == 0 or step == total:
                     self.save()
                 if stop:
+                    leave_together()
                     self._stop()
         self.in_step = False
 
