@@ -907,13 +907,25 @@ def test_grpo_refuses_what_it_cannot_do(arguments, message, tmp_path):
 
 @pytest.mark.parametrize("script", ["train_sft.py", "train_grpo.py", "evaluate.py"])
 def test_a_users_error_is_one_line_and_exit_code_2(script, tmp_path):
-    command = [sys.executable, str(ROOT / script)]
-    arguments = ["--model", str(tmp_path), "--data", "nowhere.json"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    command = [
+        sys.executable,
+        str(ROOT / script),
+        "--model",
+        str(tmp_path),
+        "--data",
+        "nowhere.json",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert "config.json: not found" in done.stderr and "Traceback" not in done.stderr
-    shown = subprocess.run([*command, "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0 and "--model" in shown.stdout and "default" in shown.stdout
+
+
+@pytest.mark.parametrize("module", [train_sft, train_grpo, evaluate])
+def test_help_names_flags_and_defaults(module, capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        module.main(["--help"])
+    shown = capsys.readouterr().out
+    assert "--model" in shown and "default" in shown
 
 
 def test_library_files_import_only_what_they_may():
