@@ -397,7 +397,6 @@ class RunEvaluation:
         """Save last/, evaluate best/ (or else the last) on --test, write and print the results."""
         out = run.folder
         self._save(out / "last")
-        on_first_rank(lambda: draw_curves(run.metrics, out / "curves.png"))
         if (out / "best").exists():  # evaluated in the policy's place, which has been saved
             best = HumanOmni.from_pretrained(out / "best")
             self.omni.model.load_state_dict(best.state_dict())
