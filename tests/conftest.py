@@ -14,6 +14,15 @@ GOLDEN = ROOT / "tests" / "golden"
 torch.set_num_threads(1)  # the models are tiny: threads cost more than they bring
 
 
+@pytest.fixture(autouse=True)
+def curves(request, monkeypatch):
+    """Drawing them takes longer than the rest of a small run: only tests marked "curves" do."""
+    import evaluate
+
+    if request.node.get_closest_marker("curves") is None:
+        monkeypatch.setattr(evaluate, "draw_curves", lambda metrics, path: None)
+
+
 @pytest.fixture(scope="session")
 def checkpoint():
     return GOLDEN / "tiny" / "humanomni"

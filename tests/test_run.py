@@ -263,7 +263,7 @@ def test_killed_at_random_moments_and_resumed_is_the_same_run(workplace, alone, 
 
 
 def test_a_signal_finishes_the_update_saves_and_says_how_to_go_on(workplace, one_thread):
-    more = ["--updates", "16", "--test", "manifest.json"]
+    more = ["--updates", "16", "--val-every", "8", "--test", "manifest.json"]
     finish_run("train_grpo", "alone", *more)
     metrics = Path("stopped/metrics.jsonl")
     # In the first evaluation; in an update.

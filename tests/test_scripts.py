@@ -113,6 +113,7 @@ def test_towers_train_on_request(manifest, tmp_path):
 # GRPO
 
 
+@pytest.mark.curves
 @pytest.mark.parametrize("beta, steps_per_rollout", [("0.04", "1"), ("0.04", "2"), ("0", "1")])
 def test_grpo_runs_end_to_end(manifest, tmp_path, beta, steps_per_rollout, capsys):
     out = tmp_path / "grpo"
