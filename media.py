@@ -15,8 +15,8 @@ import itertools
 import av
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchaudio
-from torchvision.transforms.v2 import functional as image_ops
 
 from support.errors import ClipError, is_file, require
 
@@ -259,11 +259,11 @@ def _stack(pictures):
     height, width = (max(sides) for sides in zip(*sizes))
     frames = []
     for picture in pictures:
-        frame = torch.from_numpy(picture.copy()).permute(2, 0, 1)
-        scale = min(height / frame.shape[1], width / frame.shape[2])
-        fitted = [max(1, round(side * scale)) for side in frame.shape[1:]]
+        frame = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None]
+        scale = min(height / frame.shape[2], width / frame.shape[3])
+        fitted = [max(1, round(side * scale)) for side in frame.shape[2:]]
         frames.append(_pad(_resize(frame, *fitted), height, width))
-    return torch.stack(frames)
+    return torch.cat(frames)
 
 
 def _decode_audio(audio, packets):
@@ -326,12 +326,13 @@ def _pad(frames, height, width):
     """Grey borders around (..., h, w), which stays in the middle."""
     below, right = height - frames.shape[-2], width - frames.shape[-1]
     top, left = below // 2, right // 2  # of an odd difference, the larger part goes behind
-    return image_ops.pad(frames, [left, top, right - left, below - top], fill=GREY)
+    borders = (left, right - left, top, below - top)
+    return F.pad(frames, borders, value=GREY)
 
 
 def _resize(frames, height, width):
-    bicubic = image_ops.InterpolationMode.BICUBIC
-    return image_ops.resize(frames, [height, width], interpolation=bicubic, antialias=True)
+    # What torchvision's resize calls, which takes a second to import.
+    return F.interpolate(frames, (height, width), mode="bicubic", antialias=True)
 
 
 def preprocess_frames(frames, size, fit="pad"):
@@ -360,9 +361,9 @@ def log_mel(waveform, n_mels=128, num_samples=480_000):
     # Whole seconds, and 400 zeros or more behind the sound: a frame reaches 200 samples back, and
     # the reflection at the end has to mirror zeros.
     sounding = min(num_samples, -(-(len(waveform) + N_FFT) // SAMPLE_RATE) * SAMPLE_RATE)
-    waveform = torch.nn.functional.pad(waveform, (0, sounding - len(waveform)))
+    waveform = F.pad(waveform, (0, sounding - len(waveform)))
     spectrum = torch.stft(waveform, N_FFT, HOP, window=window, return_complex=True)[:, :-1]
     mel = filters @ spectrum.abs() ** 2  # (n_mels, sounding / 160)
-    mel = torch.nn.functional.pad(mel, (0, (num_samples - sounding) // HOP))
+    mel = F.pad(mel, (0, (num_samples - sounding) // HOP))
     log = mel.clamp(min=1e-10).log10()  # (n_mels, num_samples / 160)
     return (torch.maximum(log, log.max() - 8) + 4) / 4  # at most 80 dB below the loudest

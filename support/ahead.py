@@ -23,7 +23,7 @@ from support.errors import ClipError, DataError
 # A process that needs longer for a clip hangs; a minute of 4k video takes about 30 s.
 CLIP_SECONDS = 300
 # What takes long to import, once for all processes: the server that they are forked from has it.
-PRELOAD = ["torch", "torchvision.transforms.v2.functional", "torchaudio", "av", "safetensors.torch"]
+PRELOAD = ["torch", "torchaudio", "av", "safetensors.torch"]
 
 
 def item_or_error(dataset, index):

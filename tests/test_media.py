@@ -17,6 +17,7 @@ import pytest
 import torch
 from clips import brightness, copy_streams, sine_peak, write_clip, write_picture, write_sound
 from safetensors.torch import load_file
+from torchvision.transforms.v2 import functional as image_ops
 
 import media
 from media import ClipError
@@ -245,6 +246,14 @@ def test_odd_sizes(tmp_path):
     frames = media.load_frames(path, 3)
     assert frames.shape == (3, 3, 41, 75) and brightness(frames) == media.frame_indices(20, 3)
     assert media.preprocess_frames(frames, 64).shape == (3, 3, 64, 64)
+
+
+@pytest.mark.parametrize("h, w, size", [(90, 161, 64), (20, 33, 224), (70, 70, 70), (1, 300, 9)])
+def test_resizing_is_torchvisions(h, w, size):
+    frames = torch.randint(256, (3, h, w, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    bicubic = image_ops.InterpolationMode.BICUBIC
+    theirs = image_ops.resize(frames, [size, size], interpolation=bicubic, antialias=True)
+    assert torch.equal(media.resize_frames(frames, size, "squash"), theirs)
 
 
 def test_resizing_is_antialiased():
