@@ -1,9 +1,10 @@
 """When does RLVR beat fine-tuning on the labels? Five ways of training, in many worlds of the toy.
 
-    experiments/map.sh                                   all of it, and the page
-    python -m experiments.map jobs [--quick|--choose]    what there is to do, a line each
-    python -m experiments.map run WORLD ARM SEED         one of them, unless its result is there
-    python -m experiments.map try ARM LR SEED            a learning rate, at a seed for choosing
+    experiments/map.sh                               all of it, and the page
+    python -m experiments.map jobs [--all|--quick|--choose]
+                                                     what there is to do, a line each
+    python -m experiments.map run WORLD ARM SEED     one of them, unless its result is there
+    python -m experiments.map try ARM LR SEED        a learning rate, at a seed for choosing
 
 Every arm gets the same clips with the same labels, and as many visits: 150 optimizer steps of 16
 clips (GRPO: 75 rollouts of 16 prompts, two steps each). All start from one base model, four of the
@@ -328,23 +329,30 @@ def probe(base, paths):
 # Jobs
 
 
-# What is run: worlds, arms, seeds; of each seed in this order. More seeds where the arms differ.
+# What is run: worlds, arms, seeds; of each seed in this order.
 ALL = tuple(STARTS_FROM)
 THREE = ("label_only", "label_cold", "grpo_think")
 TWO = ("label_only", "grpo_think")
 PLAN = [
     (("wrong_0.5", "confused_0.4", "wrong_0.0"), ALL, 5),
     (("rule",), ("cold_start", *THREE), 5),
+    (("films", "wrong_0.6"), THREE, 2),
+    (("wrong_0.4", "scene_1.0", "scene_0.0", "labelled_14"), TWO, 2),
+    (("wrong_0.3", "wrong_0.2", "wrong_0.1"), TWO, 1),
+    (("scene_0.9", "labelled_42", "confused_0.2"), TWO, 1),
+]
+# With these, five seeds wherever the arms differ by more than a few points, three elsewhere.
+MORE = [
     (("films", "wrong_0.6"), THREE, 5),
     (("wrong_0.4", "wrong_0.3"), TWO, 5),
-    (("scene_1.0", "scene_0.0", "labelled_14"), TWO, 3),
-    (("wrong_0.2", "wrong_0.1"), TWO, 3),
-    (("scene_0.9", "labelled_42", "confused_0.2"), TWO, 3),
+    (("scene_1.0", "scene_0.0", "scene_0.9"), TWO, 3),
+    (("labelled_14", "labelled_42"), TWO, 3),
+    (("wrong_0.2", "wrong_0.1", "confused_0.2"), TWO, 3),
 ]
 QUICK = [(("wrong_0.0", "wrong_0.5"), TWO, 1), (("rule",), TWO, 1)]
 
 
-def jobs(choose=False, quick=False):
+def jobs(choose=False, quick=False, more=False):
     """Arguments of this script, a list for each job: seed by seed, what many need first."""
     if choose:
         return [
@@ -356,7 +364,7 @@ def jobs(choose=False, quick=False):
     if quick:
         plan, found = QUICK, []
     else:
-        plan = PLAN
+        plan = PLAN + MORE if more else PLAN
         found = [("wrong_0.0", "base", 0), ("rule", "base", 0), ("scene_0.0", "probe", 0)]
     for seed in range(5):
         if not quick:
@@ -364,7 +372,7 @@ def jobs(choose=False, quick=False):
         for worlds, arms, seeds in plan:
             if seed < seeds:
                 found += [(world, arm, seed) for world in worlds for arm in arms]
-    return [("run", *job) for job in found]
+    return [("run", *job) for job in dict.fromkeys(found)]  # what is in both lists, once
 
 
 def result_file(world, arm, seed):
@@ -417,6 +425,7 @@ def main():
     )
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("jobs", help="the other commands' arguments, a line for each job")
+    listing.add_argument("--all", action="store_true", help="more seeds than fit two hours")
     listing.add_argument("--quick", action="store_true", help="three worlds, two arms, one seed")
     listing.add_argument("--choose", action="store_true", help="the learning rates to choose from")
     one = commands.add_parser("run")
@@ -429,7 +438,7 @@ def main():
     trial.add_argument("seed", type=int)
     args = parser.parse_args()
     if args.command == "jobs":
-        for job in jobs(args.choose, args.quick):
+        for job in jobs(args.choose, args.quick, args.all):
             print(*job)
     elif args.command == "run":
         run(args.world, args.arm, args.seed)

@@ -4,6 +4,7 @@
 #
 #     experiments/map.sh            about two hours on 2 CPU cores; writes experiments/map.md, .json
 #                                   and .png, and experiments/table1.md and .json
+#     experiments/map.sh --all      more seeds of it, an hour more
 #     experiments/map.sh --quick    three worlds, two arms, one seed, in 15 minutes; prints a table
 #     experiments/map.sh --choose   the learning rates that were tried, in another 15 minutes
 #
@@ -27,7 +28,7 @@ case "${1:-}" in
     --choose) ;;
     --quick) $PYTHON -m experiments.map_page --quick ;;
     *)
-        $PYTHON -m experiments.map_page
+        $PYTHON -m experiments.map_page "$@"
         $PYTHON experiments/tables.py table1
         ;;
 esac

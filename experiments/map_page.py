@@ -1,22 +1,19 @@
 """The page of map.sh: experiments/map.md and .json, and map.png.
 
-    python -m experiments.map_page             of the results in runs/map
+    python -m experiments.map_page [--all]     of the results in runs/map
     python -m experiments.map_page --quick     prints the table of what there is, and writes nothing
 
 Figures are means over seeds ± the standard deviation (n - 1), in percent, but for the KL. Every
-prediction of predictions.md is printed beside the numbers that it was about, by `PREDICTED`.
+prediction of predictions.md is printed beside the numbers that it was about.
 """
 
 import argparse
 import json
 import statistics
-from datetime import date
 from pathlib import Path
 
-import torch
-
 from experiments.map import LR_SEEDS, LR_TRIED, OUT, WORLDS, jobs, result_file
-from experiments.tables import facts_line, map_seconds, processor
+from experiments.tables import facts_line, facts_of_now, map_seconds
 from show import new_figure, write_picture
 
 HERE = Path(__file__).parent
@@ -445,18 +442,6 @@ def draw(results, path):
 # The page
 
 
-def facts_of(results, rates):
-    return {
-        "command": "experiments/map.sh",
-        "date": str(date.today()),
-        "machine": processor(),
-        "torch": torch.__version__,
-        "minutes": round(map_seconds(OUT) / 60),
-        "results": results,
-        "rates": rates,
-    }
-
-
 def page(facts):
     """The text of experiments/map.md."""
     results = facts["results"]
@@ -508,16 +493,18 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--all", action="store_true", help="more seeds must be there, too")
     parser.add_argument("--quick", action="store_true", help="print a table of what there is")
     args = parser.parse_args()
     results = read_results()
     if args.quick:
         print(accuracy_table(results))
         return
-    missing = [job for job in jobs() if not result_file(*job[1:]).exists()]
+    missing = [job for job in jobs(more=args.all) if not result_file(*job[1:]).exists()]
     if missing:
         raise SystemExit(f"error: {len(missing)} results are missing; start map.sh again")
-    facts = facts_of(results, read_rates())
+    command = "experiments/map.sh" + " --all" * args.all
+    facts = facts_of_now(command, map_seconds(OUT)) | {"results": results, "rates": read_rates()}
     (HERE / "map.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     (HERE / "map.md").write_text(page(facts), encoding="utf-8")
     draw(results, HERE / "map.png")

@@ -78,6 +78,9 @@ VARIANTS = [
 # Figures are shares, given in percent, but for these.
 FORMS = {"KL": "{:.3f}", "length": "{:.1f}"}
 
+# Where figures come from.
+FACTS = ("command", "date", "machine", "torch", "minutes")
+
 # Tables that pages quote: the page, the experiment, the figures.
 QUOTED = [
     ("README.md", "table1", [f"{split} WAR" for split in SPLITS]),
@@ -202,8 +205,13 @@ def each_seed(results, figures):
 # Pages
 
 
+def facts_of_now(command, seconds):
+    """Where an experiment's figures come from: what has just been run here."""
+    values = (command, str(date.today()), processor(), torch.__version__, round(seconds / 60))
+    return dict(zip(FACTS, values))
+
+
 def facts_line(facts):
-    """Where an experiment's figures come from."""
     return (
         f"`{facts['command']}`, {facts['date']}, {facts['machine']}, torch {facts['torch']}, "
         f"{facts['minutes']} minutes"
@@ -267,20 +275,16 @@ def main():
     parser.add_argument("name", choices=("table1", "ablations"))
     name = parser.parse_args().name
     if name == "table1":
-        command, folder = "map.sh", ROOT / "runs" / "map"
-        results, seconds = table1(folder), map_seconds(folder)
+        folder = ROOT / "runs" / "map"
+        results = table1(folder)
+        of_the_map = read(ROOT / "experiments" / "map.json")  # of the same runs
+        facts = {fact: of_the_map[fact] for fact in FACTS}
     else:
-        command, folder = "ablations.sh", ROOT / "runs" / name
-        results, seconds = ablations(folder), int((folder / "seconds").read_text())
+        folder = ROOT / "runs" / "ablations"
+        results = ablations(folder)
+        facts = facts_of_now("experiments/ablations.sh", int((folder / "seconds").read_text()))
     check_complete(name, results, folder)
-    facts = {
-        "command": f"experiments/{command}",
-        "date": str(date.today()),
-        "machine": processor(),
-        "torch": torch.__version__,
-        "minutes": round(seconds / 60),
-        "results": results,
-    }
+    facts["results"] = results
     out, text = ROOT / "experiments", page(name, facts)
     (out / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     (out / f"{name}.md").write_text(text, encoding="utf-8")

@@ -16,8 +16,8 @@ from toy.worlds import World
 
 
 def test_every_job_is_one_of_a_world_and_once_there():
-    jobs = experiment.jobs()
-    assert len(set(jobs)) == len(jobs)
+    jobs = experiment.jobs(more=True)
+    assert len(set(jobs)) == len(jobs) and set(experiment.jobs()) < set(jobs)
     starts = {"base", "cold_start", "words", "probe"}
     for _, world, arm, seed in jobs:
         assert world in experiment.WORLDS and arm in {*experiment.STARTS_FROM, *starts}
