@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from conftest import ROOT
 
+import evaluate
 from model import HumanOmni
 from support import ahead, flags
 
 CONTEXT = multiprocessing.get_context("forkserver")
 LOG = "children.log"
-# The processes that decode ahead come from the same server.
 ahead.PRELOAD += ["train_grpo", "train_sft"]
 
 
@@ -42,6 +42,8 @@ def start(work, *arguments):
 
 def _call(work, *arguments):
     torch.set_num_threads(1)  # with others, last bits differ
+    # The processes that decode ahead come from the same server; another takes seconds to start.
+    forkserver._forkserver.ensure_running = lambda: None
     sys.stdout = sys.stderr = open(LOG, "a", buffering=1)  # noqa: SIM115
     work(*arguments)
 
@@ -63,7 +65,13 @@ def finish(work, *arguments):
 
 
 def run_script(name, arguments, *prepare):
-    """python NAME.py ARGUMENTS, after prepare[0](*prepare[1:])."""
+    """python NAME.py ARGUMENTS, after prepare[0](*prepare[1:]); no curves are drawn."""
+    evaluate.draw_curves = lambda metrics, path: None
+    run_and_draw(name, arguments, *prepare)
+
+
+def run_and_draw(name, arguments, *prepare):
+    """The same with curves, which take longer than the rest of a small run."""
     if prepare:
         prepare[0](*prepare[1:])
     importlib.import_module(name).main(arguments)

@@ -243,14 +243,15 @@ def one_thread(monkeypatch):
 @each_script
 def test_killed_at_random_moments_and_resumed_is_the_same_run(workplace, alone, script):
     begin = time.perf_counter()
-    finish_run(script, "timed")
+    finish(children.run_and_draw, script, [*FLAGS[script], "--out", "timed"])
     whole = time.perf_counter() - begin
     assert_same_run("timed", alone[script])
     moments, kills, runs = random.Random(0), 0, 0
     while kills < 20:
         runs += 1
         while True:
-            process = start(script, f"killed_{runs}")
+            arguments = [*FLAGS[script], "--out", f"killed_{runs}"]
+            process = children.start(children.run_and_draw, script, arguments)
             process.join(moments.uniform(0, 1.2 * whole))
             if process.exitcode is not None:
                 assert process.exitcode == 0
