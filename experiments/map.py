@@ -1,6 +1,6 @@
 """When does RLVR beat fine-tuning on the labels? Five ways of training, in many worlds of the toy.
 
-    experiments/map.sh                               all of it, and the page
+    experiments/map.sh [--all]                       all jobs, and the page
     python -m experiments.map jobs [--all|--quick|--choose]
                                                      what there is to do, a line each
     python -m experiments.map run WORLD ARM SEED     one of them, unless its result is there
@@ -341,7 +341,7 @@ PLAN = [
     (("wrong_0.3", "wrong_0.2", "wrong_0.1"), TWO, 1),
     (("scene_0.9", "labelled_42", "confused_0.2"), TWO, 1),
 ]
-# With these, five seeds wherever the arms differ by more than a few points, three elsewhere.
+# With these, five seeds in the worlds where the arms differ most, three in the others.
 MORE = [
     (("films", "wrong_0.6"), THREE, 5),
     (("wrong_0.4", "wrong_0.3"), TWO, 5),
