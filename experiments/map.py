@@ -1,4 +1,4 @@
-"""When does RLVR beat fine-tuning on the labels? Five ways of training, in many worlds of the toy.
+"""When does RLVR beat fine-tuning on the labels? Ways of training, in many worlds of the toy.
 
     experiments/map.sh [--all]                       all jobs, and the page
     python -m experiments.map jobs [--all|--quick|--choose]
@@ -7,11 +7,14 @@
     python -m experiments.map try ARM LR SEED        a learning rate, at a seed for choosing
 
 Every arm gets the same clips with the same labels, and as many visits: 150 optimizer steps of 16
-clips (GRPO: 75 rollouts of 16 prompts, two steps each). All start from one base model, four of the
-five by way of a cold start. The last checkpoint is evaluated: none is selected.
+clips (GRPO: 75 rollouts of 16 prompts, two steps each). All start from one base model, all but the
+first by way of a cold start, whose 420 clips are described truly in every world. The last
+checkpoint is evaluated: none is selected.
 
     label_only       SFT on the labels from the base: the paper's rival
     label_cold       SFT on the labels from the cold start
+    label_words      SFT on the labels from a cold start of words, without <think>
+    label_kept       SFT on the labels from the cold start, of the clips of own_correct alone
     own_correct      SFT on the cold start's own completions, those that are right by the label
                      (rejection sampling), with their <think>
     grpo_answer      GRPO without <think>, accuracy alone, from a cold start of words
@@ -56,28 +59,36 @@ WORLDS = {
     "films": World(films=True),
     "rule": World(rule=True),
     **{f"scene_{share}": World(scene=share) for share in (0.0, 0.9, 1.0)},
+    # The toy itself, whose base stopped learning early: it sees and hears badly.
+    **{f"early_{share}": World(wrong=share) for share in (0.0, 0.5)},
 }
+EARLY_STEPS = 150
 # Where each medium is also taken away (paper, section 5.3).
-ALONE_IN = (World(), World(wrong=0.5))
+ALONE_IN = ("wrong_0.0", "wrong_0.5")
 STEPS, ROLLOUTS, BATCH = 150, 75, 16
 # Learning rates: the best of LR_TRIED by WAR on validation, which is as noisy as training. Two were
 # equally good for label_only; each of its runs gets the one that is better on its own validation.
 # GRPO's with <think> is the default, chosen before in the toy itself (stability.md).
-SFT_LR = {"label_only": (1e-3, 3e-3), "label_cold": (1e-3,), "own_correct": (1e-3,)}
+SFT_LR = {"label_only": (1e-3, 3e-3)}
+SFT_LR |= dict.fromkeys(("label_cold", "label_words", "label_kept", "own_correct"), (1e-3,))
 GRPO_LR = {"grpo_answer": 2e-4, "grpo_think": 2e-4}
-LR_WORLD = World(wrong=0.5)
-LR_SEEDS = dict.fromkeys(("own_correct", "grpo_answer"), (10, 11))
+LR_WORLD = "wrong_0.5"
+LR_SEEDS = dict.fromkeys(("label_words", "label_kept", "own_correct", "grpo_answer"), (10, 11))
 # Of these two rates were equal after two seeds.
 LR_SEEDS |= dict.fromkeys(("label_only", "label_cold"), (10, 11, 12, 13))
 LR_TRIED = {
     "label_only": (3e-4, 1e-3, 3e-3, 1e-2),
     "label_cold": (3e-4, 1e-3, 3e-3),
+    "label_words": (3e-4, 1e-3, 3e-3),
+    "label_kept": (3e-4, 1e-3, 3e-3),
     "own_correct": (3e-4, 1e-3, 3e-3),
     "grpo_answer": (2e-4, 4e-4),
 }
 STARTS_FROM = {
     "label_only": "base",
     "label_cold": "cold_start",
+    "label_words": "words",
+    "label_kept": "cold_start",
     "own_correct": "cold_start",
     "grpo_answer": "words",
     "grpo_think": "cold_start",
@@ -99,29 +110,39 @@ def alone(name):
 
 
 def kind(world):
-    """Worlds of one kind have the same base, cold start and tests."""
-    return "rule" if world.rule else "scene" if world.scene >= 0 else "toy"
+    """rule, scene, early, or "": worlds of one kind have the same base and cold start."""
+    first, _, _ = world.partition("_")
+    return first if first in ("rule", "scene", "early") else ""
 
 
 def world_paths(world, seed):
-    with alone(f"draw_{kind(world)}"):
-        return make_world(CLIPS, world, seed)
+    with alone("draw"):
+        return make_world(CLIPS, WORLDS[world], seed)
+
+
+def base_model(world, paths):
+    """-> folder of the world's base. It is made if it is missing."""
+    if kind(world) not in ("scene", "early"):
+        return stages.BASE
+    base = CLIPS / f"{kind(world)}_base_model"
+    with alone(base.name):
+        if (base / "model.safetensors").exists():
+            pass
+        elif kind(world) == "scene":
+            flags = "--steps 300 --lr 1e-3 --batch-size 32 --train-towers --workers 0"
+            stages.fine_tune(stages.BASE, paths["base"], base, flags, 0)
+        else:
+            stages.train_base(base, 0, CLIPS, EARLY_STEPS)
+    return base
 
 
 def start_model(name, world, seed, paths):
     """-> folder of a model that training starts from: base, cold_start, or words (the cold start
     without <think>). It is made if it is missing."""
-    base = stages.BASE
-    if world.scene >= 0:
-        base = CLIPS / "scene_base_model"
-        with alone(base.name):
-            if not (base / "model.safetensors").exists():
-                flags = "--steps 300 --lr 1e-3 --batch-size 32 --train-towers --workers 0"
-                stages.fine_tune(stages.BASE, paths["base"], base, flags, 0)
+    base = base_model(world, paths)
     if name == "base":
         return base
-    prefix = "" if kind(world) == "toy" else f"{kind(world)}_"
-    out = CLIPS / f"{prefix}{name}_{seed}"
+    out = CLIPS / "_".join(filter(None, (kind(world), name, str(seed))))
     with alone(out.name):
         return stages.cold_start(base, paths[name], out, seed)
 
@@ -157,19 +178,21 @@ def train(arm, world, seed, paths, out, lr):
         if not (out / "last" / "model.safetensors").exists():
             train_grpo.main(flags)
         return out / "last", start
-    manifest, question = paths["train"], "label"
-    if arm == "own_correct":
-        manifest, question = own_correct(start, paths["train"], out, seed), "reasoning"
+    manifest = paths["train"]
+    if arm in ("own_correct", "label_kept"):
+        manifest = own_correct(start, manifest, out, seed, labels=arm == "label_kept")
     flags = ["--model", str(start), "--data", str(manifest), "--out", str(out)]
-    flags += ["--question", question, "--steps", str(STEPS), "--batch-size", str(BATCH)]
+    flags += ["--question", question_of(arm), "--steps", str(STEPS), "--batch-size", str(BATCH)]
     flags += ["--lr", str(lr), "--seed", str(seed), "--workers", "0"]
     if not (out / "model.safetensors").exists():
         train_sft.main(flags)
     return out, start
 
 
-def own_correct(start, manifest, out, seed):
-    """Writes a manifest of the start's own completions that earn both rewards -> its path."""
+def own_correct(start, manifest, out, seed, labels):
+    """Writes a manifest of the start's own completions that earn both rewards -> its path.
+
+    labels: with the label in each one's place."""
     omni, clips = opened(start, manifest, "reasoning")
     settings = Settings(64, temperature=1.0, samples=SAMPLES, seed=seed, batch_size=32)
     entries = json.loads(Path(manifest).read_text(encoding="utf-8"))
@@ -177,8 +200,9 @@ def own_correct(start, manifest, out, seed):
     for row in evaluate(omni, clips, settings, "own completions"):
         entry, text = entries[row["index"]], row["completion"]
         if not row["truncated"] and accuracy_reward(text, row["label"]) and format_reward(text):
-            answer = {"from": "gpt", "value": text}
-            kept.append(entry | {"conversations": [entry["conversations"][0], answer]})
+            question, answer = entry["conversations"]
+            answer = answer if labels else {"from": "gpt", "value": text}
+            kept.append(entry | {"conversations": [question, answer]})
     path = out.with_name(f"{out.name}.manifest.json")
     for entry in kept:
         entry["video"] = os.path.relpath(CLIPS / entry["video"], path.parent)
@@ -225,13 +249,13 @@ def measure(model, start, world, paths, question):
 def reasoning(world, rows, examples):
     """What <think> says against the clip, the label and the answer (EEA, EPC, FCR: see
     docs/metrics.md); {} where nothing is stated."""
-    counts, words = Counter(), RULE_WORDS if world.rule else WORDS
+    counts, words = Counter(), RULE_WORDS if kind(world) == "rule" else WORDS
     for row in rows:
         extra, answer = examples[row["index"]].extra, extract_answer(row["completion"])
         cues = read_statements(row["completion"])
         if "<think>" not in row["completion"]:
             continue
-        stated = stated_label(world, cues)
+        stated = stated_label(WORLDS[world], cues)
         counts["face_true"] += cues[0] == extra["face"]
         counts["voice_true"] += cues[1] == extra["voice"]
         counts["eea"] += stated == row["label"]
@@ -330,7 +354,7 @@ def probe(base, paths):
 
 
 # What is run: worlds, arms, seeds; of each seed in this order.
-ALL = tuple(STARTS_FROM)
+ALL = ("label_only", "label_cold", "own_correct", "grpo_answer", "grpo_think")
 THREE = ("label_only", "label_cold", "grpo_think")
 TWO = ("label_only", "grpo_think")
 PLAN = [
@@ -341,13 +365,17 @@ PLAN = [
     (("wrong_0.3", "wrong_0.2", "wrong_0.1"), TWO, 1),
     (("scene_0.9", "labelled_42", "confused_0.2"), TWO, 1),
 ]
-# With these, five seeds in the worlds where the arms differ most, three in the others.
+# With these, five seeds in the worlds where the arms differ, three in the others; two arms that tell
+# apart what others have in common; and a weak base.
 MORE = [
+    (("wrong_0.5", "confused_0.4"), ("label_words", "label_kept"), 5),
+    (("wrong_0.0",), ("label_words",), 5),
     (("films", "wrong_0.6"), THREE, 5),
-    (("wrong_0.4", "wrong_0.3"), TWO, 5),
-    (("scene_1.0", "scene_0.0", "scene_0.9"), TWO, 3),
+    (("wrong_0.4", "wrong_0.3", "confused_0.2"), TWO, 5),
+    (("scene_1.0", "scene_0.0", "scene_0.9"), TWO, 5),
     (("labelled_14", "labelled_42"), TWO, 3),
-    (("wrong_0.2", "wrong_0.1", "confused_0.2"), TWO, 3),
+    (("wrong_0.2", "wrong_0.1"), TWO, 3),
+    (("early_0.5", "early_0.0"), ("cold_start", "label_only", "own_correct", "grpo_think"), 5),
 ]
 QUICK = [(("wrong_0.0", "wrong_0.5"), TWO, 1), (("rule",), TWO, 1)]
 
@@ -379,14 +407,13 @@ def result_file(world, arm, seed):
     return OUT / world / f"{arm}_{seed}.json"
 
 
-def run(name, arm, seed):
+def run(world, arm, seed):
     """One arm in one world, unless its result is there."""
-    result = result_file(name, arm, seed)
+    result = result_file(world, arm, seed)
     if result.exists():
         return
     result.parent.mkdir(parents=True, exist_ok=True)
-    began, world = time.time(), WORLDS[name]
-    paths = world_paths(world, seed)
+    began, paths = time.time(), world_paths(world, seed)
     if arm == "probe":
         scene = start_model("base", world, seed, paths)
         figures = {"toy": probe(stages.BASE, paths), "scene": probe(scene, paths)}
@@ -416,7 +443,8 @@ def try_lr(arm, lr, seed):
 
 def question_of(arm):
     """What a model that was trained so is asked."""
-    return "label" if arm in ("label_only", "label_cold", "grpo_answer", "words") else "reasoning"
+    words_alone = arm.startswith("label_") or arm in ("grpo_answer", "words")
+    return "label" if words_alone else "reasoning"
 
 
 def main():

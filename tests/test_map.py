@@ -12,7 +12,6 @@ from runs import CHECKPOINT, write_manifest
 from experiments import map as experiment
 from experiments import map_page
 from toy.world import EMOTIONS, make_manifest, reasoned
-from toy.worlds import World
 
 
 def test_every_job_is_one_of_a_world_and_once_there():
@@ -53,16 +52,16 @@ def test_what_the_thinking_is_worth_by_hand():
         row(2, "fear", reasoned("wide", "high_fast", "surprise")),  # false, and consistent
         row(3, "fear", reasoned("flat", "trembling", "fear")),  # nothing follows from that
     ]
-    assert experiment.reasoning(World(), rows, examples) == {
+    assert experiment.reasoning("wrong_0.0", rows, examples) == {
         "face_true": 3 / 4,
         "voice_true": 3 / 4,
         "eea": 2 / 4,
         "epc": 3 / 4,
         "fcr": 1 / 4,
     }
-    assert experiment.reasoning(World(), [row(0, "fear", "fear")], examples) == {}
+    assert experiment.reasoning("wrong_0.0", [row(0, "fear", "fear")], examples) == {}
     by_rule = [row(0, "surprise", reasoned("flat", "trembling", "amazed"))]
-    counts = experiment.reasoning(World(rule=True), by_rule, [example("flat", "trembling")])
+    counts = experiment.reasoning("rule", by_rule, [example("flat", "trembling")])
     assert counts == {"face_true": 1, "voice_true": 1, "eea": 1, "epc": 1, "fcr": 0}
 
 

@@ -47,18 +47,20 @@ def fine_tune(model, data, out, flags, seed):
     train_sft.main([*paths, *flags.split(), "--seed", str(seed)])
 
 
-def train_base(out, seed=0, root=ROOT):
+def train_base(out, seed=0, root=ROOT, steps=900):
     """The base model, from nothing: first the language model on text alone, so that it can speak
     before it sees, then everything but BERT on what face and voice do. Plays the part of
     HumanOmni-0.5B, which was pretrained elsewhere.
-    """
+
+    steps: of the second part. After few it sees and hears badly."""
     clips = on_first_rank(lambda: make_clips(root, ("text", "base")))
     work = Path(root) / f"base_{seed}"
     new, speaking = work / "new", work / "text"
-    on_first_rank(lambda: new_model(new, seed))
-    flags = "--steps 400 --lr 3e-3 --batch-size 32 --save-dtype float32"
-    fine_tune(new, clips["text"], speaking, flags, seed)
-    flags = "--steps 900 --lr 1e-3 --batch-size 32 --train-towers"
+    if not (speaking / "model.safetensors").exists():
+        on_first_rank(lambda: new_model(new, seed))
+        flags = "--steps 400 --lr 3e-3 --batch-size 32 --save-dtype float32"
+        fine_tune(new, clips["text"], speaking, flags, seed)
+    flags = f"--steps {steps} --lr 1e-3 --batch-size 32 --train-towers"
     fine_tune(speaking, clips["base"], out, flags, seed)
     record = Path(out) / "text_metrics.jsonl"
     on_first_rank(lambda: shutil.copyfile(speaking / "metrics.jsonl", record))
