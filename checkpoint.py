@@ -248,7 +248,11 @@ LLM_SIZES = (
     "rope_theta",
     "vocab_size",
 )
-WIDTH_AND_HEADS = ("hidden_size", "num_attention_heads", "d_model", "encoder_attention_heads")
+WIDTH_AND_HEADS = {
+    "siglip": ("hidden_size", "num_attention_heads"),
+    "whisper": ("d_model", "encoder_attention_heads"),
+    "bert": ("hidden_size", "num_attention_heads"),
+}
 LAYERS = {
     "llm": "num_hidden_layers",
     "siglip": "num_hidden_layers",
@@ -387,7 +391,7 @@ def read_encoder_config(name, folder, found):
                 f"name its directory with --{name} DIR"
             ) from None
     require_numbers(config, SIZES[name], file)
-    width, heads = (config[key] for key in SIZES[name] if key in WIDTH_AND_HEADS)
+    width, heads = (config[key] for key in WIDTH_AND_HEADS[name])
     if width % heads:
         raise CheckpointError(f"{file}: a width of {width} cannot be split into {heads} heads")
     return config

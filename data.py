@@ -51,7 +51,7 @@ from support.errors import ClipError, DataError, is_file, naming, read_json, req
 from support.ranks import WORLD
 from text import MODALITIES, QUESTION_LABEL, QUESTION_REASONING, BertTokenizer, Tokenizer
 
-__all__ = [  # of media.py and text.py, for who imports them from here
+__all__ = [  # of media.py and text.py, for those who import them from here
     "MODALITIES",
     "QUESTION_LABEL",
     "QUESTION_REASONING",
@@ -77,8 +77,8 @@ NOT_READ = {
 }
 ADVICE_OF = {name: advice for advice, names in NOT_READ.items() for name in names.split()}
 
-# Bytes of tower features that may stay in memory, so that later epochs neither decode nor encode:
-# more than all of the toy's, some 290 clips' at full size.
+# Bytes of tower features that may stay in memory, for each set of clips, so that later epochs
+# neither decode nor encode: more than all of the toy's, some 290 clips' at full size.
 KEEP_BYTES = 2 << 30
 
 
@@ -295,7 +295,7 @@ def data_order(n, wanted, seed):
 
 
 class SkipLog:
-    """The file that lists clips which cannot be used, for who would rather go on without them."""
+    """The file that lists clips which cannot be used, where a run is to go on without them."""
 
     def __init__(self, path, clips, resumed):
         """path: None if such a clip is to stop the run. resumed: the list goes on, else it is
@@ -388,7 +388,8 @@ def encode(omni, clips, items, prompt_ids=None):
     media they have. In the items the features replace the media; new ones go into the cache too."""
     # One by one where they are kept: their last bits must not depend on the company a clip was in
     # when it came first, which a resumed run could not repeat.
-    for group in [[item] for item in items] if clips.keep else [items]:
+    groups = [[item] for item in items] if clips.keep else [items]
+    for group in groups:
         run_towers(omni.model, group)
     examples = [clips.examples[item["index"]] for item in items]
     if prompt_ids is None:

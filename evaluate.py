@@ -8,8 +8,8 @@
 Open vocabulary, as in the paper (section 4.2): the prompt lists no classes, the model names the
 emotion itself. The answer is compared with the label as rewards.py does it; a word outside the
 label set is wrong and counted as unknown. --aliases also says how many are right if anger counts as
-angry. WAR is the accuracy, UAR the mean recall over the classes that occur in the ground truth; of
-explanations EEA, EPC and FCR (support/lexicon.py).
+angry. WAR is the accuracy, UAR the mean recall over the classes that occur in the ground truth. Of
+explanations it counts EEA, EPC and FCR (support/lexicon.py).
 Decoding is greedy unless --temperature is given; --samples k then averages over k completions per
 clip.
 
@@ -24,7 +24,6 @@ completion, and NAME_confusion.png. An interrupted evaluation goes on from NAME.
 import glob
 import json
 import os
-import random
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -36,15 +35,15 @@ from tqdm import tqdm
 from data import QUESTION_REASONING, Example, batches, clips_of, completion_text, embed, encode
 from generate import Decoding, generate
 from grpo import completion_mask
-from model import HumanOmni
 from rewards import extract_answer, extract_think, format_reward
-from show import confusion_counts, draw_confusion, draw_curves
+from show import confusion_counts, draw_confusion
 from support.custom import find_function
-from support.errors import DataError, naming, write_json
+from support.errors import DataError, naming, require, write_json
 from support.flags import Common, as_asked, flag, load, parse_flags, read_examples, run_script
 from support.lexicon import explanation_metrics
 from support.precision import autocast
 from support.ranks import RANK, WORLD, gather_from_ranks, on_first_rank, rank_file
+from support.results import results_table
 from support.sampler import sampler_of
 
 
@@ -210,6 +209,7 @@ def score(rows, aliases=False):
     metrics |= explanation_metrics(rows)
     checks = [row["checks"] for row in rows if row.get("checks")]
     for name in checks[0] if checks else ():
+        require(name not in KNOWN_METRICS, f"--check says {name}, a metric already; rename it")
         metrics[name] = sum(check[name] for check in checks) / len(checks)
     return metrics
 
@@ -263,51 +263,6 @@ KNOWN_METRICS = {
     "mean_length",
 }
 
-PUBLISHED = {  # the paper's Table 1: WAR, UAR
-    "HumanOmni-0.5B": {"DFEW": (22.64, 19.44), "MAFW": (20.18, 13.52), "RAVDESS": (7.33, 9.38)},
-    "EMER-SFT": {"DFEW": (38.66, 35.31), "MAFW": (38.39, 28.02), "RAVDESS": (29.00, 27.19)},
-    "MAFW-DFEW-SFT": {"DFEW": (60.23, 44.39), "MAFW": (50.44, 30.39), "RAVDESS": (29.33, 30.75)},
-    "R1-Omni": {"DFEW": (65.83, 56.27), "MAFW": (57.68, 40.04), "RAVDESS": (43.00, 44.69)},
-}
-
-
-def read_result(file):
-    """A saved result -> model, data set (dfew_test: DFEW), metrics."""
-    try:
-        result = json.loads(Path(file).read_text(encoding="utf-8"))
-        model, data, metrics = result["settings"]["model"], result["name"], result["metrics"]
-        counts = [metrics[key] for key in ("n", "unknown", "unformatted", "truncated")]
-        scores = (100 * metrics["war"], 100 * metrics["uar"])
-        known = [name for name in PUBLISHED["R1-Omni"] if data.lower().startswith(name.lower())]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise DataError(f"{file}: not a result of evaluate.py ({reason})") from None
-    return model, known[0] if known else data, scores, counts
-
-
-def results_table(files, published=False):
-    """Saved results -> the paper's layout in Markdown, with the counts below.
-
-    Rows: checkpoints, columns: data sets."""
-    cells, columns, counted = {}, [], []
-    for file in files:
-        model, data, scores, counts = read_result(file)
-        cells.setdefault(model, {})[data] = scores
-        counted.append(f"| {model} | {data} | {' | '.join(map(str, counts))} |")
-        if data not in columns:
-            columns.append(data)
-    if published:
-        cells |= {f"{name} (published)": row for name, row in PUBLISHED.items()}
-        columns += [data for data in PUBLISHED["R1-Omni"] if data not in columns]
-    lines = ["| method | " + " | ".join(f"{data} WAR | {data} UAR" for data in columns) + " |"]
-    lines.append("|---" * (1 + 2 * len(columns)) + "|")
-    for model, row in cells.items():
-        values = [f"{row[d][0]:.2f} | {row[d][1]:.2f}" if d in row else "– | –" for d in columns]
-        lines.append(f"| {model} | {' | '.join(values)} |")
-    lines += ["", "| method | data | n | unknown words | unformatted | truncated |"]
-    lines += ["|---|---|---|---|---|---|", *counted]
-    return "\n".join(lines)
-
 
 def unique_names(manifests):
     """Names for the manifests' results: the files', with as many folders as tell them apart."""
@@ -319,101 +274,6 @@ def unique_names(manifests):
         if len({name.casefold() for name in names}) == len(paths):
             return names
     return [f"{number}_{path.stem}" for number, path in enumerate(paths, start=1)]
-
-
-# --------------------------------------------------------------------------------------------------
-# During training
-
-EXAMPLES = 12  # completions of all tests together that results.json has before and after
-
-
-class RunEvaluation:
-    """What a GRPO run is measured by: --test before and after, --val on the way, always greedy."""
-
-    def __init__(self, omni, config):
-        self.omni, self.config = omni, config
-        self.settings = Settings(
-            max_new_tokens=config.max_new_tokens,
-            workers=config.workers,
-            compile=config.compile,
-            check=find_function("--check", config.check) if config.check else None,
-        )
-        names = unique_names(config.test)
-        self.tests = {name: self._open([path]) for name, path in zip(names, config.test)}
-        self.val = self._open(config.val) if config.val else None
-
-    def _open(self, manifests):
-        examples = read_examples(manifests, self.config)
-        return clips_of(self.omni.model, examples, self.config.fit, keep=True)
-
-    def _test_all(self, run, when):
-        results = {}
-        for name, clips in self.tests.items():
-            log = run.skip_log(f"skipped_{name}.txt")
-            rows = evaluate(self.omni, clips, self.settings, f"{name}, {when}", skip_log=log)
-            results[name] = score(rows) | {"examples": self._examples(rows, clips)}
-        return results
-
-    def _examples(self, rows, clips):
-        """Some of a test's rows for the page that show.py makes of a run: the same clips before and
-        after."""
-        count = min(len(rows), max(1, EXAMPLES // len(self.tests)))
-        chosen = sorted(random.Random(0).sample(range(len(rows)), count))
-        return [rows[i] | {"modality": clips.examples[rows[i]["index"]].modality} for i in chosen]
-
-    def before(self, run):
-        """Evaluate the model that training starts from, unless that has been done."""
-        if "before" not in run.facts:
-            run.facts["before"] = self._test_all(run, "before")
-            run.facts["best_war"] = -1.0  # whatever is validated first is better
-            run.save()
-
-    def due(self, update):
-        return update % self.config.val_every == 0 or update == self.config.updates
-
-    def validate(self, line, run):
-        """Evaluate on --val: into an update's line of metrics, and the curves. Keep the best model.
-
-        The model that training started from is not among those that can be the best."""
-        if self.val:
-            log = run.skip_log("skipped_validation.txt")
-            rows = evaluate(self.omni, self.val, self.settings, "validation", skip_log=log)
-            result = score(rows)
-            line |= {f"val_{name}": result[name] for name in ("war", "uar", "format")}
-            tqdm.write(
-                f"\nupdate {line['update']} · validation WAR {100 * result['war']:.1f}  "
-                f"format {percent(result['format'])}"
-            )
-            if result["war"] >= run.facts["best_war"]:  # of equals the later: it has seen more
-                run.facts["best_war"] = result["war"]
-                self._save(run.folder / "best")
-        on_first_rank(lambda: draw_curves([*run.metrics, line], run.folder / "curves.png"))
-
-    def _save(self, folder):
-        dtype = getattr(torch, self.config.save_dtype)
-        on_first_rank(lambda: self.omni.model.save_pretrained(folder, dtype))
-
-    def after(self, run):
-        """Save last/, evaluate best/ (or else the last) on --test, write and print the results."""
-        out = run.folder
-        self._save(out / "last")
-        if (out / "best").exists():  # evaluated in the policy's place, which has been saved
-            best = HumanOmni.from_pretrained(out / "best")
-            self.omni.model.load_state_dict(best.state_dict())
-        before, after = run.facts["before"], self._test_all(run, "after")
-        results = {"config": asdict(self.config), "before": before, "after": after}
-        on_first_rank(lambda: write_json(out / "results.json", results))
-        run.finish()
-        if self.tests:
-            print(f"\n{'':18}{'WAR':>8}{'UAR':>8}{'format':>8}{'length':>8}")
-        for name in self.tests:
-            for when in ("before", "after"):
-                r = results[when][name]
-                print(
-                    f"{name:10}{when:8}{100 * r['war']:8.2f}{100 * r['uar']:8.2f}"
-                    f"{100 * r['format']:8.1f}{r['mean_length']:8.1f}"
-                )
-        print(f"\n{len(run.metrics)} updates; checkpoints, metrics, curves, results in {out}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -525,8 +385,8 @@ def ask(omni, config, files, log=None, skip_log=None):
     example = as_asked(Example(Path(), QUESTION_REASONING, "", "video_audio"), config)
     clips = clips_of(omni.model, [replace(example, video=Path(f)) for f in files], config.fit)
     settings = settings_of(config)
-    if len(files) == 1:  # compiling would take longer than answering
-        settings = replace(settings, batch_size=1, compile=False)
+    if len(files) == 1:  # compiling, and starting processes, would take longer than answering
+        settings = replace(settings, batch_size=1, compile=False, workers=0)
     return evaluate(omni, clips, settings, "answer", log, skip_log)
 
 
@@ -537,9 +397,10 @@ def answerer(folder, **flags):
         think, word = answer("clip.mp4")
         answers = answer(["a.mp4", "b.mp4"])    # a list of such pairs
 
-    flags: this script's, as question="label" or device="cpu". Raises ClipError for a file that
-    cannot be used."""
-    config = Config(model=str(folder), **flags)
+    flags: this script's, as question="label" or device="cpu". Clips are decoded in this process:
+    workers=4 does it ahead in four others, which read the script that asks again, so that it needs
+    an `if __name__ == "__main__":`. Raises ClipError for a file that cannot be used."""
+    config = Config(model=str(folder), **{"workers": 0, **flags})
     omni = load(config, dtype=None)
 
     def answer(clips):

@@ -204,7 +204,7 @@ class Sampler:
 
     @torch.no_grad()
     def __call__(self, prompts, seed=None):
-        """Prompts as in `generate` -> ids and log-probabilities (float32), (B, G, C) each."""
+        """Prompts as in `generate` -> ids, and float32 log p (0 behind a row's end), (B, G, C)."""
         prompts, given, longest = list(prompts), len(prompts), max(map(len, prompts))
         if given > self.B or longest > self.P:
             sizes = f"{given} prompts of up to {longest} tokens; made for {self.B} of {self.P}"
@@ -223,9 +223,9 @@ class Sampler:
                     G = self._compact(G)
         ids, logps = self.ids[: given * self.G, :steps], self.logps[: given * self.G, :steps]
         if self.eos is not None:  # cut to the longest row
-            steps = int(completion_mask(ids, self.eos).sum(1).max())
-        shape = (given, self.G, steps)
-        return ids[:, :steps].reshape(shape).clone(), logps[:, :steps].reshape(shape).clone()
+            mask = completion_mask(ids, self.eos)
+            steps, logps = int(mask.sum(1).max()), logps.masked_fill(~mask, 0.0)
+        return tuple(x[:, :steps].reshape(given, self.G, steps).clone() for x in (ids, logps))
 
 
 def sample(model, prompts, num_samples, decoding, seed=None):

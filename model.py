@@ -281,9 +281,10 @@ def attend(q, k, v, past=None, follows=None):
     return past.attend(q, k, v)
 
 
-# Its kernels are whole already, and the compiler cannot look into a causal bias.
+# Attention is one kernel already, and the compiler cannot look into a causal bias.
 @torch.compiler.disable
 def causal_attention(q, k, v, past, follows):
+    """As `attend`, after nothing or after keys and values."""
     if past is not None:
         # A product, as its backward adds up a prompt's rows in float32 and always in one order.
         old_k, old_v = (torch.einsum("rb,bhpd->rhpd", follows, old) for old in past)
@@ -456,7 +457,8 @@ class HumanOmni(nn.Module):
 
         past       one entry per layer, each as in `attend`: what the new tokens follow
         prompt_of  (R,) int64: the prompt in `past` that each row follows; None: R/B rows each
-        positions  (R or 1, L) of the new tokens; None: on from the end of `past`
+        positions  (R or 1, L) of the new tokens; None: on from the end of `past`, or, beside any
+                   other object than keys and values, from 0
         return_kv  also return their keys and values, [(k, v)] per layer, ready to be `past`"""
         x, kv, device = inputs_embeds, [], inputs_embeds.device
         (R, L, _), start, follows = x.shape, 0, None

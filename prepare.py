@@ -58,7 +58,7 @@ from pathlib import Path
 
 from data import QUESTION_LABEL, QUESTION_REASONING
 from rewards import format_reward, normalise
-from support.errors import DataError, is_file, write_json
+from support.errors import DataError, is_file, read_text, require, write_json
 from support.flags import run_script
 
 DFEW_LABELS = {
@@ -148,14 +148,10 @@ VIDEO_ENDINGS = [".mp4", ".avi", ".mkv", ".webm", ".flv"]
 # Reading, shared by the data sets
 
 
-def read_text(path):
-    """A file's text. UTF-8 with or without the mark that Excel puts at the start."""
-    if not is_file(path):
-        raise DataError(f"{path}: no such file (--help shows what is expected in --root)")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
+def read_table(path):
+    """A file's text."""
+    require(is_file(path), f"{path}: no such file (--help shows what is expected in --root)")
+    return read_text(path)
 
 
 def read_csv(path, layouts):
@@ -164,7 +160,7 @@ def read_csv(path, layouts):
     layouts: tuples of column names; the header has to hold all of one of them.
     """
     # strict: a forgotten quote would otherwise swallow the rest of the file into one field.
-    text = io.StringIO(read_text(path), newline="")
+    text = io.StringIO(read_table(path), newline="")
     reader = DictReader(text, skipinitialspace=True, strict=True)
     try:
         header = reader.fieldnames or []
@@ -294,7 +290,7 @@ def dfew(root, split, fold=1):
 def mafw(root, split, fold=1):
     check_split(split, fold)
     path = root / "Train & Test Set" / "single" / "no_caption" / f"set_{fold}" / f"{split}.txt"
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_table(path).splitlines(), start=1):
         where, words = f"{path}: line {number}", line.split()
         if not words:
             continue

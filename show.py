@@ -25,7 +25,8 @@ from pathlib import Path
 
 from media import HOP, SAMPLE_RATE, load_clip, log_mel, preprocess_frames
 from rewards import extract_answer
-from support.errors import DataError, naming, read_json, read_text, require
+from support import results
+from support.errors import DataError, naming, read_text, require
 from support.flags import run_script
 
 # The panels of draw_curves, after the rewards: title -> metrics.
@@ -240,40 +241,13 @@ def draw_confusion(metrics, path):
     write_picture(figure, path, dpi=110)
 
 
-def read_result(path):
-    """A results file of evaluate.py -> its metrics. Raises DataError."""
-    result = read_json(Path(path))
-    metrics = result.get("metrics") if isinstance(result, dict) else None
-    needed = {"war", "uar", "recall", "confusion"}
-    good = isinstance(metrics, dict) and needed <= metrics.keys()
-    require(
-        good, f"{path}: is no result of evaluate.py, whose metrics are WAR, UAR, confusion, ..."
-    )
-    return metrics
-
-
 # ------------------------------------------------------------------------------------------------
 # Several models
 
 
-def scores_of(files, published=False):
-    """Results files of evaluate.py -> {model: {data set: (WAR, UAR)}}, in percent.
-
-    published: the models of the paper's Table 1, too. Raises DataError."""
-    import evaluate  # here, as it draws with this file
-
-    cells = {}
-    for file in files:
-        model, name, scores, _ = evaluate.read_result(file)
-        cells.setdefault(model, {})[name] = scores
-    if published:
-        cells |= {f"{model} (published)": row for model, row in evaluate.PUBLISHED.items()}
-    return cells
-
-
 def draw_scores(cells, path):
-    """Draw scores_of's: a bar per model for each data set, WAR left and UAR right (the paper's
-    Figure 2)."""
+    """Draw what support/results.py has of several models: a bar for each on each data set, WAR left
+    and UAR right (the paper's Figure 2)."""
     sets = list(dict.fromkeys(name for row in cells.values() for name in row))
     figure = new_figure(12, 4)
     width = 0.8 / len(cells)
@@ -379,12 +353,13 @@ def main(argv=None):
     if args.picture == "curves":
         draw_curves(read_metrics(args.metrics), args.out)
     if args.picture == "confusion":
-        draw_confusion(read_result(args.result), args.out)
+        names = ("war", "uar", "recall", "confusion")
+        draw_confusion(results.read_result(args.result, names)[2], args.out)
     if args.picture == "table":
         draw = draw_scores
         if Path(args.out).suffix.lower() in (".html", ".htm"):
             draw = pages().table_page
-        draw(scores_of(args.results, args.published), args.out)
+        draw(results.scores_of(args.results, args.published), args.out)
     print(f"written: {args.out}")
 
 

@@ -31,18 +31,18 @@ from dataclasses import dataclass
 import torch
 
 import data
-from evaluate import RunEvaluation
 from grpo import completion_logps, completion_mask, group_advantages, grpo_loss, kl_in_reward
 from rewards import accuracy_reward, extract_answer, format_reward
 from support.clock import timed
 from support.compiling import compile_layers, compiler_works
-from support.custom import find_rewards
+from support.custom import find_function, find_rewards
 from support.errors import DataError
 from support.flags import flag, load, parse_flags, read_examples, run_script
 from support.optimizer import Optimizer, set_trainable
 from support.precision import autocast
 from support.ranks import RANK, share_of_rank, sum_over_ranks
 from support.run import Run, TrainingFlags, input_files
+from support.run_evaluation import RunEvaluation
 from support.sampler import make_sampler
 from support.updates import (
     SHOWN,
@@ -64,7 +64,7 @@ PAPER |= {"micro_batch": 1, "save_every": 100}
 
 
 @dataclass
-class Config(TrainingFlags):  # and those: model, data, seed, workers, saving, ...
+class Config(TrainingFlags):  # which adds model, data, seed, workers, saving, ...
     val: tuple = flag((), "labelled manifests to evaluate on during training")
     test: tuple = flag((), "labelled manifests to evaluate on before and after")
     check: str = flag("", "module:function that says more about completions (see evaluate.py)")
@@ -107,8 +107,8 @@ class Config(TrainingFlags):  # and those: model, data, seed, workers, saving, .
 class Rollout:
     """What the policy said to B prompts, and what stays fixed about it while the policy moves.
 
-    All but log-probabilities lies in main memory, where it is looked at without waiting for a
-    GPU."""
+    Log-probabilities and the batch's features lie on the model's device; all else lies in main
+    memory, where it is looked at without waiting for a GPU."""
 
     batch: data.Batch  # the B prompts
     ids: torch.Tensor  # (B, G, C) int64, padded with EOS
@@ -266,11 +266,7 @@ def read_config(argv):
         )
     if not config.think and config.question == "reasoning":
         config.question = "label"
-    if not config.model:
-        from toy.stages import fill_in  # here, as the toy is made with these scripts
-
-        fill_in(config)
-    if not config.data:
+    if config.model and not config.data:
         raise DataError("needs --data MANIFEST with --model")
     return config
 
@@ -279,6 +275,12 @@ def main(argv=None):
     config = read_config(argv)
     rules = REWARDS if config.think else {"accuracy": accuracy_reward}
     reward_functions = find_rewards(rules, config.reward)
+    if config.check:
+        find_function("--check", config.check)  # a wrong name, before anything long
+    if not config.model:
+        from toy.stages import fill_in  # here, as the toy is made with these scripts
+
+        fill_in(config)
     omni, reference = load_policy(config)
     policy = omni.model
     examples = read_examples(config.data, config)

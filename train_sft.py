@@ -131,8 +131,9 @@ def main(argv=None):
     on_first_rank(lambda: place_checkpoint(config, run.folder, omni.model, nothing_left))
     run.finish()
     on_first_rank(lambda: shutil.rmtree(run.folder))
-    losses = [line["loss"] for line in run.metrics]
-    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; checkpoint in {config.out}")
+    losses = [line["loss"] for line in run.metrics if line["loss"] is not None]
+    fell = f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; " if losses else ""
+    print(f"{fell}checkpoint in {config.out}")
 
 
 def place_checkpoint(config, folder, model, nothing_left):

@@ -67,14 +67,14 @@ def main(updates=80, G=16, C=8, seed=0):
         optimizer.zero_grad()
 
     history = []
-    for update in range(1, updates + 1):  # GRPO, numbered as in grpo.py; no reference, so no KL (5)
+    for update in range(1, updates + 1):  # GRPO, numbered as in grpo.py; no reference (3), so no KL
         prompts = model.embed_tokens(cues)  # (B, P, D)
         ids = model.sample(prompts, G, C)  # 1. (B, G, C)
         mask = completion_mask(ids, WORDS.index("<eos>"))
         rewards = [[reward(row, label) for row in g] for g, label in zip(ids.tolist(), LABELS)]
         rewards = torch.tensor(rewards)  # 2. (B, G)
-        logps = completion_logps(model, prompts, ids, mask)  # 3. (B, G, C)
         advantages = group_advantages(rewards)  # 4. (B, G)
+        logps = completion_logps(model, prompts, ids, mask)  # 5. (B, G, C)
         loss, _ = grpo_loss(logps, None, None, advantages, mask, beta=0.0)  # 6.
         loss.backward()
         optimizer.step()

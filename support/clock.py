@@ -18,7 +18,7 @@ _start = time.perf_counter()
 
 @contextlib.contextmanager
 def timed(phase):
-    """What happens inside belongs to `phase`, less the phases inside; one that returns adds up."""
+    """Seconds inside count for `phase`, less those of phases within; entered again, it goes on."""
     start, before = time.perf_counter(), _seconds.total()
     yield
     if torch.cuda.is_initialized():

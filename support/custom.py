@@ -22,7 +22,7 @@ def find_function(flag, name):
             "this folder"
         ) from None
     finally:
-        sys.path.pop(0)
+        sys.path.remove("")  # wherever it is by now: the module may have put others before it
     if not callable(found):
         raise DataError(f"{flag} {name}: is a {type(found).__name__}, not a function")
     return found

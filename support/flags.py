@@ -192,7 +192,8 @@ def as_asked(example, config):
         "manifest": example.question,
     }
     question = named.get(config.question, config.question)
-    modality = example.modality if config.modality == "manifest" else config.modality
+    given = config.modality == "manifest" or example.video is None  # text alone has no media
+    modality = example.modality if given else config.modality
     return replace(example, question=question, modality=modality)
 
 

@@ -41,7 +41,7 @@ def label_of(word, labels=()):
 
 
 def named_emotion(text, labels=()):
-    """The label that a text names most often, of equals the last; None if it names none.
+    """The label that a text names most often, on a tie the last; None if it names none.
 
     A word does not count if one of the three before it is a negation."""
     words = re.findall(r"[\w']+", text.casefold().replace("’", "'"))

@@ -20,7 +20,7 @@ def set_trainable(model, towers=False):
     """Freeze BERT, and the towers unless they are to train; what is frozen is held in the type of
     arithmetic.
 
-    -> name -> parameter of what trains, in float32, as small steps need it."""
+    -> {name: parameter} of what trains, in float32, as small steps need it."""
     frozen = [model.bert_model]
     if not towers:
         frozen += [model.vision_tower, model.audio_tower]
@@ -38,6 +38,11 @@ class Evidence:
     number: int  # of the step
     must_be_finite: dict  # name -> number or tensor
     story: dict  # JSON-able: what went in and what came out; written to a file in that case
+
+
+def not_finite(values):
+    """Those names of {name: number or tensor} that hold a NaN or an infinity."""
+    return [name for name, x in values.items() if not torch.as_tensor(x).isfinite().all()]
 
 
 class Optimizer:
@@ -117,7 +122,9 @@ class Optimizer:
         norm = clip_grad_norm_(parameters, self.config.clip_norm)
         if self.scales_loss and gradients:
             metrics["loss_scale"] = self.loss_scale
-            overflow = not norm.isfinite() and self.loss_scale > 1  # at 1 it is a NaN
+            # At a scale of 1, or under a loss that is none either, it is no overflow.
+            overflow = self.loss_scale > 1 and not norm.isfinite()
+            overflow = overflow and not true_on_any_rank(not_finite(evidence.must_be_finite))
             self._adjust_scale(overflow)
             left_out = left_out or overflow
         if not left_out:
@@ -132,8 +139,7 @@ class Optimizer:
         return {"grad_norm": norm.item(), "lr": lr, "steps_left_out": int(left_out), **metrics}
 
     def _all_finite(self, evidence, norm):
-        values = {**evidence.must_be_finite, "gradient norm": norm}
-        broken = [name for name, x in values.items() if not torch.as_tensor(x).isfinite().all()]
+        broken = not_finite({**evidence.must_be_finite, "gradient norm": norm})
         if not true_on_any_rank(broken):  # all ranks leave the step out, or none
             return True
         broken = broken or ["another rank's numbers"]

@@ -437,7 +437,7 @@ class Run:
         sys.exit(0)
 
     def log(self, line, shown=None):
-        """Append to metrics.jsonl, which knows no NaN or infinity: None. shown: on the progress
+        """Append to metrics.jsonl; NaN and infinity are written as null. shown: on the progress
         bar.
 
         A sudden jump of the gradient norm is said."""

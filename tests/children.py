@@ -18,9 +18,8 @@ from pathlib import Path
 import torch
 from conftest import ROOT
 
-import evaluate
 from model import HumanOmni
-from support import ahead, flags
+from support import ahead, flags, run_evaluation
 
 CONTEXT = multiprocessing.get_context("forkserver")
 LOG = "children.log"
@@ -66,7 +65,7 @@ def finish(work, *arguments):
 
 def run_script(name, arguments, *prepare):
     """python NAME.py ARGUMENTS, after prepare[0](*prepare[1:]); no curves are drawn."""
-    evaluate.draw_curves = lambda metrics, path: None
+    run_evaluation.draw_curves = lambda metrics, path: None
     run_and_draw(name, arguments, *prepare)
 
 

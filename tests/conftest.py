@@ -17,10 +17,10 @@ torch.set_num_threads(1)  # the models are tiny: threads cost more than they bri
 @pytest.fixture(autouse=True)
 def curves(request, monkeypatch):
     """Drawing them takes longer than the rest of a small run: only tests marked "curves" do."""
-    import evaluate
+    from support import run_evaluation
 
     if request.node.get_closest_marker("curves") is None:
-        monkeypatch.setattr(evaluate, "draw_curves", lambda metrics, path: None)
+        monkeypatch.setattr(run_evaluation, "draw_curves", lambda metrics, path: None)
 
 
 @pytest.fixture(scope="session")

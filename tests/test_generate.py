@@ -217,6 +217,7 @@ def test_compaction_changes_no_row(model, prompts):
     counting._decode = ending
     ids, logps = counting(list(prompts))
     assert halvings == [4, 2, 1]
+    assert (logps[~completion_mask(ids, eos)] == 0).all()
     reference = generate(model, prompts, max_new_tokens=40, temperature=0)[:, 0]  # without any end
     reference = reference.repeat_interleave(8, 0)
     for row, end, expected in zip(ids.flatten(0, 1), ends, reference):

@@ -86,6 +86,18 @@ def test_what_is_not_finite_without_a_scale_is_an_error(tmp_path, monkeypatch):
         step(optimizer_of(parameter, facts=facts), (parameter * torch.inf).sum())
 
 
+def test_a_loss_that_is_none_is_an_error_at_any_scale(tmp_path, monkeypatch):
+    """No scale made it, and no lower one would mend it."""
+    monkeypatch.chdir(tmp_path)
+    parameter, facts = torch.nn.Parameter(torch.ones(3)), {}
+    optimizer = optimizer_of(parameter, facts=facts)
+    loss = (parameter * torch.nan).sum()
+    optimizer.backward(loss)
+    with pytest.raises(TrainingError, match="loss and gradient norm not finite"):
+        optimizer.step(0.1, Evidence(1, {"loss": loss.item()}, {}))
+    assert Path("nonfinite_000001.json").exists()
+
+
 def test_the_scale_goes_on_with_a_resumed_run(run, monkeypatch):
     """Stopped after its state of update 2, whose scale was another than the first."""
     monkeypatch.setattr("support.optimizer.STEPS_AT_SCALE", 1)  # doubled at every step

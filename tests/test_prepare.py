@@ -313,7 +313,7 @@ def emer(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_emer_first_version(emer, encoding):
     write(emer / "set" / "gt.csv", FIRST, encoding)
     examples = manifest(emer, "emer")
@@ -328,7 +328,7 @@ def test_emer_first_version(emer, encoding):
     assert answers == ["angry", "worried", "happy"]
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("column", ["name", "names"])
 def test_emer_second_version(emer, column, encoding, capsys):
     write(emer / "set" / "gt.csv", SECOND.format(column), encoding)
@@ -376,8 +376,8 @@ def test_emer_refusals(emer):
     assert expected in refusal(emer, "emer")
     write(table, "names,emotions,subtitles,reasons\nsample_1,sad,,So <answer>sad</answer>\n")
     assert "sample_1.mp4: its text has <think> or <answer> tags" in refusal(emer, "emer")
-    write(table, SECOND.format("name"), "utf-16")
-    assert "a.csv: not UTF-8 at byte 0" in refusal(emer, "emer")
+    table.write_bytes("names,emotions,reasons\nsample_1,verärgert,.\n".encode("latin-1"))
+    assert "a.csv: is not text in UTF-8" in refusal(emer, "emer")
     write(emer / "set" / "b.csv", FIRST)
     assert "holds 2 csv files" in refusal(emer, "emer")
 

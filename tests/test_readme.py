@@ -26,8 +26,8 @@ import prepare
 import show
 import train_grpo
 import train_sft
-from evaluate import PUBLISHED
 from support.flags import parse_flags
+from support.results import PUBLISHED
 from support.updates import log_line
 
 PAGES = {

@@ -743,6 +743,23 @@ def test_a_nan_stops_the_run_with_what_led_to_it_or_is_passed_over(
     assert all(tensor.isfinite().all() for tensor in saved)
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_fine_tuning_whose_last_losses_are_none_ends_well(workplace, monkeypatch, capsys, steps):
+    """All that it did is left out, or the last step."""
+    logits, calls = HumanOmni.logits, []
+
+    def poisoned(self, hidden):
+        calls.append(1)
+        return logits(self, hidden) * (torch.nan if len(calls) == steps else 1)
+
+    monkeypatch.setattr(HumanOmni, "logits", poisoned)
+    flags = [*SFT, "--data", "manifest.json", "--steps", str(steps), "--skip-nonfinite"]
+    train_sft.main([*flags, "--out", "run"])
+    assert [line["steps_left_out"] for line in read_metrics("run")[1]] == [0] * (steps - 1) + [1]
+    out = capsys.readouterr().out
+    assert out.count("loss 5.") == steps - 1 and out.endswith("checkpoint in run\n")
+
+
 def test_a_sudden_gradient_is_said(workplace, capsys):
     run = new_run()
     for norm in [1.0, 2.0, 1.5] * 5 + [14.0, 16.0]:

@@ -32,7 +32,9 @@ import evaluate
 import train_grpo
 import train_sft
 from model import AudioTower, HumanOmni, VisionTower
-from support import flags, updates
+from support import flags, run_evaluation, updates
+from support import results as run_results
+from support.custom import find_function
 from support.errors import DataError
 
 
@@ -199,7 +201,9 @@ def test_kl_in_the_reward_does_not_blur_what_is_logged(manifest, tmp_path, monke
 
 def test_curves_are_drawn_during_the_run(manifest, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(evaluate, "draw_curves", lambda metrics, path: drawn.append(len(metrics)))
+    monkeypatch.setattr(
+        run_evaluation, "draw_curves", lambda metrics, path: drawn.append(len(metrics))
+    )
     grpo(manifest, tmp_path / "grpo", "--updates 4 --max-new-tokens 2 --val-every 2")
     assert drawn == [2, 4]  # at each validation, the last update's too
 
@@ -627,6 +631,21 @@ def test_clips_are_answered_in_python_and_from_the_command_line(tmp_path, capsys
         evaluate.main([*EVALUATE, "--clip", str(tmp_path / "empty")])
 
 
+def test_the_readmes_five_lines_are_a_script(tmp_path):
+    """Saved as they are: nothing reads the script again, as processes that decode would."""
+    lines = ["from evaluate import answerer", f"answer = answerer({CHECKPOINT!r})"]
+    lines += [f"think, word = answer({CLIPS[0]!r})", f"print(len(answer({CLIPS!r})), 'answers')"]
+    (tmp_path / "mine.py").write_text("\n".join(lines))
+    done = subprocess.run(
+        [sys.executable, "mine.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "2 answers\n", done.stderr
+
+
 @pytest.fixture
 def stopped_evaluation(manifest, tmp_path, monkeypatch):
     """An evaluation that was interrupted in its second batch -> its flags, and the sizes of all
@@ -718,8 +737,57 @@ def test_several_manifests_each_medium_and_the_table(manifest, tmp_path, capsys)
     evaluate.main(["--table", str(tmp_path / "mine.json"), "--published"])
     # In the column of the published numbers.
     assert "DFEW WAR | DFEW UAR | MAFW WAR" in capsys.readouterr().out
-    with pytest.raises(DataError, match="not a result"):
+    with pytest.raises(DataError, match="is no result"):
         evaluate.main(["--table", manifest])
+
+
+def test_no_result_hides_another_in_a_table(tmp_path):
+    def result(file, name, model="m"):
+        metrics = dict.fromkeys(("war", "uar"), 0.5)
+        metrics |= dict.fromkeys(("n", "unknown", "unformatted", "truncated"), 1)
+        found = {"name": name, "settings": {"model": model}, "metrics": metrics}
+        (tmp_path / file).write_text(json.dumps(found))
+        return str(tmp_path / file)
+
+    names = ["dfew_test", "dfew_test.audio", "dfew_train"]
+    files = [result(f"{i}.json", name) for i, name in enumerate(names)]
+    table = run_results.results_table(files)
+    assert all(f"{name} WAR" in table for name in ("DFEW", "dfew_test.audio", "dfew_train"))
+    again = result("again.json", "DFEW")
+    with pytest.raises(DataError, match="again.json: a second result of m on DFEW"):
+        run_results.results_table([*files, again])
+    assert "| n |" in run_results.results_table([*files, result("other.json", "DFEW", "n")])
+
+
+def test_a_check_may_not_take_a_metrics_name():
+    row = {"index": 0, "label": "sad", "completion": "sad", "tokens": 1, "truncated": False}
+    with pytest.raises(DataError, match="--check says war, a metric already; rename it"):
+        evaluate.score([row | {"checks": {"war": True}}])
+
+
+def test_text_alone_has_no_medium_to_ask_for():
+    text = data.Example(None, "?", "sad", "text")
+    clip = data.Example(Path("a.mp4"), "?", "sad", "video_audio")
+    config = train_grpo.Config(modality="video")
+    assert [flags.as_asked(e, config).modality for e in (text, clip)] == ["text", "video"]
+
+
+def test_wrong_names_are_found_before_the_toy_is_made(monkeypatch):
+    def never(config):
+        raise AssertionError("the toy is made")
+
+    monkeypatch.setattr("toy.stages.fill_in", never)
+    for name in ("--reward", "--check"):
+        with pytest.raises(DataError, match=f"{name} nothere:f: cannot be found"):
+            train_grpo.main([name, "nothere:f"])
+
+
+def test_a_users_module_may_put_folders_on_the_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    Path("mine_first.py").write_text("import sys\nsys.path.insert(0, 'own')\ndef f(): pass\n")
+    find_function("--check", "mine_first:f")
+    assert sys.path[0] == "own" and "" not in sys.path
 
 
 def test_folds_of_one_name_leave_a_result_each(tmp_path):

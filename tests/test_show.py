@@ -24,7 +24,7 @@ import show
 import train_grpo
 from data import QUESTION_REASONING, Example
 from grpo import grpo_loss
-from support import pages, updates
+from support import pages, results, updates
 from support.errors import ClipError, DataError
 from support.run import make_room
 
@@ -209,6 +209,7 @@ def test_a_sample_is_shown_with_its_parts():
 
 RESULT = {
     "name": "test",
+    "settings": {"model": "a"},
     "metrics": {
         "war": 0.5,
         "uar": 0.4,
@@ -306,17 +307,17 @@ def result_files(tmp_path):
 
 
 def test_scores_of_several_models(result_files):
-    cells = show.scores_of(result_files)
+    cells = results.scores_of(result_files)
     assert cells == {
         "before": {"DFEW": (25.0, 12.5)},
         "after <b>": {"DFEW": (75.0, 50.0), "other": (100.0, 100.0)},
     }
-    published = show.scores_of(result_files, published=True)
+    published = results.scores_of(result_files, published=True)
     assert published["R1-Omni (published)"]["RAVDESS"] == (43.00, 44.69)
 
 
 def test_scores_are_bars(result_files, figures):
-    show.draw_scores(show.scores_of(result_files), "table.png")
+    show.draw_scores(results.scores_of(result_files), "table.png")
     war, uar = figures[0].axes
     for axis, title, expected in ((war, "WAR", [25, 75, 100]), (uar, "UAR", [12.5, 50, 100])):
         assert axis.get_title() == title
@@ -339,7 +340,7 @@ def test_a_table_of_files(result_files, tmp_path, capsys, name):
     page = read_page(out)
     assert "after <b> 75.00 50.00 100.00 100.00 – – – –" in page.text
     assert "EMER-SFT (published) 38.66 35.31 – – 38.39 28.02 29.00 27.19" in page.text
-    with pytest.raises(DataError, match="nothing.json: not a result of evaluate.py"):
+    with pytest.raises(DataError, match="nothing.json: cannot be read"):
         show.main(["table", str(tmp_path / "nothing.json"), "--out", str(out)])
 
 
