@@ -24,6 +24,7 @@ import functools
 import hashlib
 import math
 import os
+import re
 import zlib
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -66,16 +67,27 @@ __all__ = [  # of media.py and text.py, for those who import them from here
 ]
 
 # Fields in which other formats say what a clip is, and what to do about each here. They are
-# refused: if they were ignored, the model would see or hear something else than is meant.
+# refused: if they were ignored, the model would see or hear something else than is meant. In any
+# spelling: startTime and "Start Time" are start_time.
 NOT_READ = {
-    "put the sound into the video file": "audio audios audio_path audio_file sound",
-    "make it one entry per file, with field video": "image images videos",
+    "put the sound into the video file": "audio audios audio_path audio_file sound wav",
+    "make it one entry per file, with field video": "image images videos video_path",
     "cut the file, which is used whole": (
-        "start end start_time end_time video_start video_end offset duration clip segment"
+        "start end stop begin time start_time end_time begin_time start_sec end_sec "
+        "start_frame end_frame timestamp timestamps video_start video_end audio_start audio_end "
+        "clip_start clip_end offset duration span interval clip segment video_segment"
     ),
+    "crop the picture in the file, which is used whole": "crop bbox",
     "take it out, the model decides how many frames it sees": "fps num_frames nframes max_frames",
 }
-ADVICE_OF = {name: advice for advice, names in NOT_READ.items() for name in names.split()}
+
+
+def _plain(name):
+    """A field's name in small letters and without what joins its words."""
+    return re.sub(r"[\W_]", "", name).lower()
+
+
+ADVICE_OF = {_plain(name): advice for advice, names in NOT_READ.items() for name in names.split()}
 
 # Bytes of tower features that may stay in memory, for each set of clips, so that later epochs
 # neither decode nor encode: more than all of the toy's, some 290 clips' at full size.
@@ -124,6 +136,8 @@ def read_manifest(path, media_root=None, limit=None):
     ]
     videos = dict.fromkeys(example.video for example in examples if example.video)
     missing = [str(video) for video in videos if not is_file(video)]
+    for video in missing:
+        require(not os.path.isdir(video), f"{path}: {video} is a folder; list the files in it")
     require(
         not missing,
         f"{path}: {len(missing)} of {len(videos)} clips do not exist: {', '.join(missing[:3])}"
@@ -135,11 +149,12 @@ def read_manifest(path, media_root=None, limit=None):
 def _read_entry(entry, where, root):
     require(isinstance(entry, dict), f"{where} should be an object")
     for name, value in entry.items():
+        advice = ADVICE_OF.get(_plain(name))
         # A field without a value says nothing: tables are filled up with null.
         require(
-            name not in ADVICE_OF or value in (None, "", [], {}),
-            f"{where}: field {name} is not supported: {ADVICE_OF.get(name)}; or rename it, if it "
-            "does not change what the clip is",
+            advice is None or value in (None, "", [], {}),
+            f"{where}: field {name} is not supported: {advice}; or rename it, if it does not "
+            "change what the clip is",
         )
     video, turns = entry.get("video"), entry.get("conversations")
     require(

@@ -36,7 +36,7 @@ from data import QUESTION_REASONING, Example, batches, clips_of, completion_text
 from generate import Decoding, generate
 from grpo import completion_mask
 from rewards import extract_answer, extract_think, format_reward
-from show import confusion_counts, draw_confusion
+from show import confusion_counts, draw_confusion, read_lines, whole_file
 from support.custom import find_function
 from support.errors import DataError, naming, require, write_json
 from support.flags import Common, as_asked, flag, load, parse_flags, read_examples, run_script
@@ -142,8 +142,7 @@ def append_rows(log, rows):
 
 def read_log(log, samples):
     """The rows of an unfinished evaluation, of clips that have all their samples."""
-    with open(log, encoding="utf-8") as file:  # a completion may hold what splitlines() splits at
-        rows = [json.loads(line) for line in list(file)[1:]]
+    _, *rows = read_lines(log)
     counts = Counter(row["index"] for row in rows)
     return [row for row in rows if counts[row["index"]] == samples]
 
@@ -327,22 +326,19 @@ def start_log(path, header):
     """A log to go on with: created, or an unfinished one of the same header.
 
     Lines that are not whole are dropped, those of other ranks' logs taken in."""
-    header = json.dumps(header, default=str)
+    header = json.loads(json.dumps(header, default=str))
     parts = sorted(path.parent.glob(f"{glob.escape(path.stem)}.rank*.jsonl"))
-    lines = []
-    for file in (path, *parts):
-        if file.exists():
-            with open(file, encoding="utf-8") as opened:
-                lines += list(opened)
-    lines = [line for line in lines if line.endswith("\n")]
-    if lines and lines[0].strip() != header:
+    lines = [line for file in (path, *parts) if file.exists() for line in read_lines(file)]
+    lines = lines or [header]
+    if lines[0] != header:
+        other = [name for name in header if lines[0].get(name) != header[name]]
         raise DataError(
-            f"{path}: an unfinished evaluation with other settings, weights or another manifest; "
-            "delete it or choose another --out"
+            f"{path}: an unfinished evaluation with other settings, weights, clips or another "
+            f"manifest ({', '.join(other)}); delete it or choose another --out"
         )
     partial = path.with_suffix(".new")
-    with naming(partial):
-        partial.write_text("".join(lines) or header + "\n", encoding="utf-8")
+    partial.unlink(missing_ok=True)
+    append_rows(partial, lines)
     os.replace(partial, path)
     for part in parts:
         part.unlink()
@@ -375,9 +371,13 @@ def evaluate_manifest(omni, config, manifest, name):
             f"\nwith aliases: WAR {100 * loose['war']:.2f}   UAR {100 * loose['uar']:.2f}   "
             f"unknown words {loose['unknown']}"
         )
+    say_what_is_left_out(out, name)
+    return metrics
+
+
+def say_what_is_left_out(out, name):
     for file in sorted(out.glob(f"{glob.escape(name)}.skipped*.txt")):
         print(f"\nclips left out are listed in {file}")
-    return metrics
 
 
 def ask(omni, config, files, log=None, skip_log=None):
@@ -401,6 +401,7 @@ def answerer(folder, **flags):
     workers=4 does it ahead in four others, which read the script that asks again, so that it needs
     an `if __name__ == "__main__":`. Raises ClipError for a file that cannot be used."""
     config = Config(model=str(folder), **{"workers": 0, **flags})
+    require(config.samples == 1, "a clip gets one answer here: leave samples out")
     omni = load(config, dtype=None)
 
     def answer(clips):
@@ -416,7 +417,13 @@ def completions(rows):
     return [row["completion"] for row in rows]
 
 
+ANSWERS = "answers.jsonl"
 MEDIA = set(".mp4 .avi .mkv .mov .webm .flv .mpg .mpeg .m4v .wmv .ts .wav .mp3 .m4a .flac".split())
+
+
+def is_media(path):
+    """Hidden files are none: macOS leaves ._NAME.mp4 beside NAME.mp4."""
+    return path.is_file() and path.suffix.lower() in MEDIA and not path.name.startswith(".")
 
 
 def files_of(clips):
@@ -425,7 +432,7 @@ def files_of(clips):
     for clip in map(Path, clips):
         found = [clip]
         if clip.is_dir():
-            found = sorted(file for file in clip.iterdir() if file.suffix.lower() in MEDIA)
+            found = sorted(file for file in clip.iterdir() if is_media(file))
             if not found:
                 raise DataError(f"{clip}: holds no media file ({' '.join(sorted(MEDIA))})")
         files += found
@@ -433,10 +440,10 @@ def files_of(clips):
 
 
 def answer_clips(omni, config):
-    """Print what the model says of each clip; of several, also write it to --out."""
+    """Print what the model says of each clip; of several, or a folder, also write it to --out."""
     files, out = files_of(config.clip), Path(config.out)
-    if len(files) == 1:
-        print(completions(ask(omni, config, files))[0])
+    if files == [Path(config.clip[0])]:
+        print("\n".join(completions(ask(omni, config, files))))
         return
     out.mkdir(parents=True, exist_ok=True)
     header = log_header(config) | {"clips": list(map(str, files))}
@@ -449,11 +456,15 @@ def answer_clips(omni, config):
         said = {"think": extract_think(text), "answer": extract_answer(text), "completion": text}
         lines.append(json.dumps({"clip": row["video"], **said}, ensure_ascii=False) + "\n")
         print(f"{row['video']}\n{text}\n")
-    answers = out / "answers.jsonl"
-    with naming(answers):
-        on_first_rank(lambda: answers.write_text("".join(lines), encoding="utf-8"))
+
+    def write():
+        with whole_file(out / ANSWERS) as partial:
+            partial.write_text("".join(lines), encoding="utf-8")
+
+    on_first_rank(write)
     rank_file(log).unlink(missing_ok=True)  # not before the answers are there
-    print(f"written to {answers}")
+    print(f"written to {out / ANSWERS}")
+    say_what_is_left_out(out, "answers")
 
 
 def tasks_of(config):
@@ -468,17 +479,28 @@ def tasks_of(config):
     return tasks
 
 
-def check_result(file, manifest):
-    """Raise DataError if the file is there, and is no earlier result of this manifest."""
+def check_result(file, manifest, model):
+    """Raise DataError if the file is there, and is no earlier result of this model and manifest."""
     if not file.exists():
         return
-    try:
-        earlier = json.loads(file.read_text(encoding="utf-8"))["settings"]["manifest"]
-        same = Path(earlier).resolve() == Path(manifest).resolve()
-    except (OSError, ValueError, KeyError, TypeError):
-        same = False
-    if not same:
-        raise DataError(f"{file}: is not a result of {manifest}; choose another --out")
+    for name, path in (("manifest", manifest), ("model", model)):
+        try:
+            earlier = json.loads(file.read_text(encoding="utf-8"))["settings"][name]
+            same = Path(earlier).resolve() == Path(path).resolve()
+        except (OSError, ValueError, KeyError, TypeError):
+            same = False
+        require(same, f"{file}: is not a result of {path}; choose another --out")
+
+
+def check_clip_flags(config):
+    """Raise DataError for flags that --clip has no use for, and for answers that are there."""
+    for name in ("aliases", "check", "modality_report"):
+        require(not getattr(config, name), f"--{name.replace('_', '-')} is for --data, not --clip")
+    answers = Path(config.out) / ANSWERS
+    require(
+        files_of(config.clip) == [Path(config.clip[0])] or not answers.exists(),
+        f"{answers}: is there already; delete it or choose another --out",
+    )
 
 
 def main(argv=None):
@@ -492,7 +514,9 @@ def main(argv=None):
         raise DataError("--samples needs a --temperature: greedy completions are all the same")
     tasks = tasks_of(config)
     for name, (manifest, _) in tasks.items():
-        check_result(Path(config.out) / f"{name}.json", manifest)
+        check_result(Path(config.out) / f"{name}.json", manifest, config.model)
+    if config.clip:
+        check_clip_flags(config)
     omni = load(config, dtype=None)
     if config.clip:
         answer_clips(omni, config)

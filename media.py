@@ -11,6 +11,7 @@ its place. Shapes: T frames, S image size, h w a clip's size.
 
 import functools
 import itertools
+import os
 
 import av
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 import torchaudio
 
-from support.errors import ClipError, is_file, require
+from support.errors import LFS_ADVICE, LFS_MARK, ClipError, is_file, require
 
 SAMPLE_RATE = 16_000  # Hz, what Whisper was trained on
 N_FFT, HOP = 400, 160  # samples: 25 ms windows every 10 ms
@@ -86,7 +87,7 @@ def decode(path, wanted=1, want_video=True, want_audio=True):
     """(frames, waveform) as load_clip describes them; what is not wanted is None."""
     frames = waveform = None
     try:
-        expect(is_file(path), "no such file")
+        _check_file(path)
         with _open(path) as container:
             _check_claims(container)
             video = _best_stream(container, "video")
@@ -103,9 +104,17 @@ def decode(path, wanted=1, want_video=True, want_audio=True):
                 waveform = _decode_audio(audio, packets[audio])
     except ClipError as error:
         raise ClipError(f"{path}: {error}") from None
-    except av.error.FFmpegError as error:
+    except (av.error.FFmpegError, OSError) as error:
         raise ClipError(f"{path}: cannot be decoded ({error.strerror or error})") from error
     return frames, waveform
+
+
+def _check_file(path):
+    """Refuse what FFmpeg would only call invalid."""
+    expect(not os.path.isdir(path), "is a folder; give a file in it")
+    expect(is_file(path), "no such file")
+    with open(path, "rb") as file:
+        expect(file.read(len(LFS_MARK)) != LFS_MARK, LFS_ADVICE)
 
 
 def _open(path):

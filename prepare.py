@@ -40,7 +40,10 @@ word alone). The others have labels only: a prompt that asks for reasoning, and 
 Paths in the manifest are relative to the manifest's own folder, so the other scripts need no
 --media-root; keep it where it was written. A clip that is listed but not there is an error, or left
 out with --skip-missing. Whether a clip can be decoded is not looked at: 21 clips of mafw have no
-sound. Five clips of cremad and meld that are known to be broken (BROKEN below) are left out.
+sound. Five clips of cremad and meld that are known to be broken (BROKEN below) are left out. A clip
+that is listed with two labels is an error; equal entries are counted and written once.
+
+--out has to end in .json. A file that is already there is refused, unless it is the same manifest.
 
 To add a data set, write one function that yields (clip, label) or (clip, (reasoning, word)), and
 name it in SETS; its parameters after root are the flags it takes, required if without a default.
@@ -58,7 +61,7 @@ from pathlib import Path
 
 from data import QUESTION_LABEL, QUESTION_REASONING
 from rewards import format_reward, normalise
-from support.errors import DataError, is_file, read_text, require, write_json
+from support.errors import DataError, is_file, read_json, read_text, require, write_json
 from support.flags import run_script
 
 DFEW_LABELS = {
@@ -117,6 +120,7 @@ MELD_FOLDERS = {
     "dev": "dev_splits_complete",
     "test": "output_repeated_splits_test",
 }
+SPLITS = {"dfew": "train or test", "mafw": "train or test", "meld": "train, dev or test"}
 # Published, but not what their names say: CREMA-D's README lists four, MELD's issue 39 the last.
 BROKEN = {
     "VideoFlash/1064_IEO_DIS_MD.flv": "one minute, with all emotions",
@@ -206,7 +210,7 @@ def csv_file(root, csv):
     """The file that --csv names, or else the only one in root."""
     if csv is not None:
         return Path(csv)
-    tables = sorted(root.glob("*.csv"))
+    tables = files_in(root, ".csv")
     if len(tables) != 1:
         raise DataError(f"{root}: holds {len(tables)} csv files; say which one with --csv")
     return tables[0]
@@ -228,8 +232,8 @@ def clip_named(name, folder, where):
     return first_existing(folder, [name + ending for ending in VIDEO_ENDINGS])
 
 
-def clips_in(folder, ending):
-    """Its clips, sorted by name. Not ._*, which macOS leaves in folders."""
+def files_in(folder, ending):
+    """Its files of this ending, sorted by name. Not ._*, which macOS leaves in folders."""
     return sorted(folder.glob(f"[!.]*{ending}"))
 
 
@@ -309,7 +313,7 @@ def ravdess(root, actors=None):
         # Modality, vocal channel, emotion; intensity, statement, repetition; actor.
         pattern = rf"(\d\d)-(\d\d)-(\d\d)-\d\d-\d\d-\d\d-{actor:02d}"
         example = f"seven two-digit numbers, the last of them {actor:02d}"
-        for clip in clips_in(folder, ".mp4"):
+        for clip in files_in(folder, ".mp4"):
             modality, channel, emotion = fields_of(clip, pattern, example)
             # Sound and picture, not one of them; speech, not song.
             if modality == "01" and channel == "01":
@@ -321,7 +325,7 @@ def ravdess(root, actors=None):
 
 def cremad(root, actors=None):
     folder = root / "VideoFlash"
-    clips = clips_in(folder, ".flv")
+    clips = files_in(folder, ".flv")
     if not clips:
         raise DataError(f"{folder}: holds no 1001_DFA_ANG_XX.flv or the like; is --root right?")
     if len(clips) != 7442:
@@ -449,10 +453,28 @@ def without_broken(listed):
     return rest
 
 
+def without_repeats(listed):
+    """[(clip, target), ...] -> the same with equal ones once.
+
+    Raises DataError for a clip with two labels. Two texts that end in one label are both kept.
+    """
+    labels = {}
+    for clip, target in listed:
+        label = answer_of(target)
+        first = labels.setdefault(clip, label)
+        if label != first:
+            raise DataError(f"{clip}: is listed as {first} and as {label}; take one of them out")
+    once = list(dict.fromkeys(listed))
+    if len(once) < len(listed):
+        print(f"{len(listed) - len(once)} of {len(listed)} entries left out, equal to earlier ones")
+    return once
+
+
 def usable_clips(listed, skip_missing, mend):
     """[(clip, target), ...] -> those that are complete and there, and the missing clips' paths.
 
-    Raises DataError for missing clips without skip_missing; mend: the flags that may be wrong.
+    Raises DataError for a clip with two labels, and for missing clips without skip_missing.
+    mend: the flags that may be wrong.
     """
     incomplete = [clip.stem for clip, target in listed if not is_complete(target)]
     if incomplete:
@@ -460,7 +482,7 @@ def usable_clips(listed, skip_missing, mend):
             f"{len(incomplete)} of {len(listed)} entries left out, "
             f"without a text or a clear emotion: {few(incomplete)}"
         )
-    complete = [(clip, target) for clip, target in listed if is_complete(target)]
+    complete = without_repeats([(clip, target) for clip, target in listed if is_complete(target)])
     usable, missing = [], []
     for clip, target in complete:
         if is_file(clip):
@@ -473,6 +495,34 @@ def usable_clips(listed, skip_missing, mend):
             f"mend {mend}, or leave them out with --skip-missing"
         )
     return usable, missing
+
+
+def manifest_at(out):
+    """The entries of the manifest that is already at --out; None if nothing is there.
+
+    Raises DataError for anything else, such as a data set's own file, and for a wrong name.
+    """
+    if out.is_dir():
+        raise DataError(
+            f"{out}: is a folder; --out should be the manifest's own name, "
+            f"such as {out / 'manifest.json'}"
+        )
+    require(out.suffix == ".json", f"{out}: is no name for a manifest; --out should end in .json")
+    if not out.exists():
+        return None
+    try:
+        found = read_json(out)
+    except DataError:
+        found = None
+    require(
+        isinstance(found, list) and all(is_entry(entry) for entry in found),
+        f"{out}: is not a manifest of prepare.py, so it is left as it is; choose another --out",
+    )
+    return found
+
+
+def is_entry(value):
+    return isinstance(value, dict) and {"video", "conversations"} <= value.keys()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -525,7 +575,8 @@ def check_flags(name, given):
         raise DataError(f"{name} has no --{flag}; it takes {known}")
     for flag, parameter in takes.items():
         if parameter.default is parameter.empty and flag not in given:
-            raise DataError(f"{name} needs --{flag}")
+            choices = f": {SPLITS[name]}" if flag == "split" and name in SPLITS else ""
+            raise DataError(f"{name} needs --{flag}{choices}")
     return takes
 
 
@@ -535,11 +586,7 @@ def main(argv=None):
     root, out = Path(args.root).resolve(), Path(args.out)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; --root should be where {args.set} lies")
-    if out.is_dir():
-        raise DataError(
-            f"{out}: is a folder; --out should be the manifest's own name, "
-            f"such as {out / 'manifest.json'}"
-        )
+    earlier = manifest_at(out)
 
     listed = without_broken(SETS[args.set](root, **given))
     mend = "--root or --videos" if "videos" in takes else "--root"
@@ -552,7 +599,12 @@ def main(argv=None):
     out.parent.mkdir(parents=True, exist_ok=True)
     # Real folders on both sides: ".." after a link leads to where the link points.
     folder = out.parent.resolve()
-    write_json(out, [entry_of(clip, target, args.question, folder) for clip, target in clips])
+    entries = [entry_of(clip, target, args.question, folder) for clip, target in clips]
+    require(
+        earlier in (None, entries),
+        f"{out}: is another manifest; delete it or choose another --out",
+    )
+    write_json(out, entries)
     for clip in missing:
         print(f"missing, left out: {clip}")
     counts = Counter(answer_of(target) for _, target in clips)

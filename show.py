@@ -26,7 +26,7 @@ from pathlib import Path
 from media import HOP, SAMPLE_RATE, load_clip, log_mel, preprocess_frames
 from rewards import extract_answer
 from support import results
-from support.errors import DataError, naming, read_text, require
+from support.errors import LFS_ADVICE, LFS_MARK, DataError, naming, require
 from support.flags import run_script
 
 # The panels of draw_curves, after the rewards: title -> metrics.
@@ -64,6 +64,11 @@ def write_picture(figure, path, dpi):
     require(not path.is_dir(), f"{path}: is a folder; give the picture a name, such as seen.png")
     with whole_file(path) as partial:
         figure.savefig(partial, format=kind, dpi=dpi)
+
+
+def is_page(path):
+    """Whether a file of this name is a page, and no picture."""
+    return Path(path).suffix.lower() in (".html", ".htm")
 
 
 @contextlib.contextmanager
@@ -185,11 +190,16 @@ def draw_lines(axis, names, metrics):
 def read_lines(path):
     """A file of JSON lines that may still be written -> its objects. Raises DataError."""
     try:
-        # What follows the last newline is a line that is still being written.
-        whole = read_text(path).split("\n")[:-1]
-        lines = [json.loads(line) for line in whole]
+        content = Path(path).read_bytes()
+        require(not content.startswith(LFS_MARK), f"{path}: {LFS_ADVICE}")
+        # What follows the last newline is a line that is still being written. It may end inside a
+        # character, so it goes before the rest is decoded.
+        whole = content[: content.rfind(b"\n") + 1].decode("utf-8-sig")
+        lines = [json.loads(line) for line in whole.split("\n")[:-1]]
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not text in UTF-8 ({error})") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: cannot be read as JSON lines ({error})") from error
     return [line for line in lines if isinstance(line, dict)]
@@ -251,17 +261,18 @@ def draw_scores(cells, path):
     sets = list(dict.fromkeys(name for row in cells.values() for name in row))
     figure = new_figure(12, 4)
     width = 0.8 / len(cells)
+    handles = {}  # a legend of their labels would lack the models whose path begins with "_"
     for axis, (number, title) in zip(figure.subplots(1, 2), enumerate(("WAR", "UAR"))):
         for place, (model, row) in enumerate(cells.items()):
             known = [x for x, name in enumerate(sets) if name in row]
             heights = [row[sets[x]][number] for x in known]
             left = [x - 0.4 + width * (place + 0.5) for x in known]
-            bars = axis.bar(left, heights, width, label=model.replace("$", r"\$"))
+            bars = handles[model.replace("$", r"\$")] = axis.bar(left, heights, width)
             axis.bar_label(bars, fmt="%.0f", fontsize=8)
         axis.set_xticks(range(len(sets)), sets, parse_math=False)
         axis.set(title=title, ylim=(0, 105), ylabel="percent")
         axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
     write_picture(figure, path, dpi=110)
 
 
@@ -288,23 +299,21 @@ def parse_args(argv=None):
         nargs="+",
         metavar="DIR",
         help="checkpoints: a page with what each of them gets and says; evaluate.py's flags go on "
-        "to it, frames and size are the model's",
+        "to it, as far as they are about one clip",
     )
     clip.add_argument(
         "--frames",
         type=int,
-        default=8,
         choices=range(1, 65),
         metavar="1..64",
-        help="frames the model takes (default: 8; the toy's takes 4)",
+        help="frames the model takes (default: 8; the toy's takes 4); not with --model",
     )
     clip.add_argument(
         "--size",
         type=int,
-        default=224,
         choices=range(16, 1025),
         metavar="16..1024",
-        help="pixels of a side (default: 224; the toy's are 64)",
+        help="pixels of a side (default: 224; the toy's are 64); not with --model",
     )
     clip.add_argument(
         "--fit",
@@ -330,6 +339,8 @@ def parse_args(argv=None):
     args, args.flags = parser.parse_known_args(argv)
     if args.flags and not getattr(args, "model", None):
         parser.error(f"unrecognized arguments: {' '.join(args.flags)}")
+    if args.picture == "clip" and args.model and (args.frames or args.size):
+        parser.error("--frames and --size do not go with --model: they are the model's own")
     return args
 
 
@@ -349,16 +360,15 @@ def main(argv=None):
         pages().clip_page(args.clip, args.model, args.out, ["--fit", args.fit, *args.flags])
     elif args.picture == "clip":
         args.out = args.out or "seen.png"
-        draw_seen(args.clip, args.out, args.frames, args.size, fit=args.fit)
+        require(not is_page(args.out), f"{args.out}: a page of a clip needs --model DIR")
+        draw_seen(args.clip, args.out, args.frames or 8, args.size or 224, fit=args.fit)
     if args.picture == "curves":
         draw_curves(read_metrics(args.metrics), args.out)
     if args.picture == "confusion":
         names = ("war", "uar", "recall", "confusion")
         draw_confusion(results.read_result(args.result, names)[2], args.out)
     if args.picture == "table":
-        draw = draw_scores
-        if Path(args.out).suffix.lower() in (".html", ".htm"):
-            draw = pages().table_page
+        draw = pages().table_page if is_page(args.out) else draw_scores
         draw(results.scores_of(args.results, args.published), args.out)
     print(f"written: {args.out}")
 

@@ -11,18 +11,16 @@ Shapes: B prompts, P prompt length, C completion length, L BERT length.
 """
 
 import contextlib
-import datetime
 import json
 import re
 import unicodedata
 from pathlib import Path
 
-import jinja2.ext
-import jinja2.sandbox
 import tokenizers
 import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from support.chat_template import ChatTemplate
 from support.errors import DataError, read_json, read_text, require
 
 # Placeholders in prompt ids; the model puts the media tokens there.
@@ -74,7 +72,7 @@ class Tokenizer:
         )
         self.ids = max(self.tokenizer.get_vocab().values()) + 1
         self.eos_token_ids, self.pad_token_id = self._ends_and_padding()
-        self.template = _compile_template(path, _read_template(path, config))
+        self.template = ChatTemplate(path, config, self.special_tokens)
         self.prompts = {}  # (question, modality) -> ids
 
     def _ends_and_padding(self):
@@ -127,17 +125,7 @@ class Tokenizer:
             not re.search("[\ud800-\udfff]", question),
             f"the question is no text in UTF-8: {question!r}",
         )
-        content = MEDIA_TEXT[modality] + question
-        text = _render(self.path, self.template, content, self.special_tokens)
-        repeated = content.strip() in text and all(
-            text.count(marker) == content.count(marker) for marker in ("<video>", "<audio>")
-        )
-        require(
-            repeated and len(text) <= len(content) + MAX_TEMPLATE,
-            f"{self.path}: its chat template should repeat {content!r} once and add no more than "
-            f"{MAX_TEMPLATE} characters, gives {text[:300]!r}",
-        )
-        return text
+        return self.template.render(MEDIA_TEXT[modality] + question)
 
     def prompt_ids(self, question, modality="video_audio"):
         """Question -> list of P ids, with one VIDEO_TOKEN and AUDIO_TOKEN as the modality says."""
@@ -340,100 +328,3 @@ def _read_bert_tokenizer(folder, config):
     if tokenizer is None:
         tokenizer = tokenizers.BertWordPieceTokenizer(vocab, lowercase=lower)
     return tokenizer
-
-
-# ------------------------------------------------------------------------------------------------
-# Chat templates: programs that come with a checkpoint, run in jinja2's sandbox
-
-MAX_TEMPLATE = 100_000  # characters that one may add to the question
-
-
-class _Undefined(jinja2.Undefined):
-    """What the chat does not have may be asked about, as templates do, but not be printed."""
-
-    __str__ = jinja2.Undefined._fail_with_undefined_error
-
-
-class _Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}: marks what is the assistant's; here just text."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return jinja2.nodes.Scope(body).set_lineno(line)
-
-
-def _raise_exception(message):
-    raise jinja2.TemplateError(str(message))
-
-
-def _strftime_now(form):
-    return datetime.datetime.now().strftime(form)
-
-
-def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    """jinja2's own writes < and > as \\u003c and \\u003e."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _read_template(path, config):
-    """The template's text, where transformers looks for it; of several, the default one."""
-    for name in ("additional_chat_templates/default.jinja", "chat_template.jinja"):
-        if (path / name).is_file():
-            return read_text(path / name)
-    source = config.get("chat_template")
-    if source is None:
-        source = read_json(path / "chat_template.json", {}).get("chat_template")
-    if isinstance(source, list):
-        named = [e for e in source if isinstance(e, dict) and e.get("name") == "default"]
-        source = named[-1].get("template") if named else None
-    require(
-        source and isinstance(source, str),
-        f"{path}: has no chat template, in tokenizer_config.json, chat_template.jinja or "
-        "chat_template.json",
-    )
-    return source
-
-
-def _compile_template(path, source):
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[_Generation, jinja2.ext.loopcontrols],
-        undefined=_Undefined,
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    try:
-        return environment.from_string(source)
-    except Exception as error:  # jinja2's, or Python's on what jinja2 makes of it
-        raise _template_fault(path, "is not valid", error) from error
-
-
-def _render(path, template, content, special_tokens):
-    messages = [{"role": "user", "content": content}]
-    try:
-        return template.render(
-            messages=messages,
-            tools=None,
-            documents=None,
-            add_generation_prompt=True,
-            **special_tokens,
-        )
-    except Exception as error:  # a program raises anything
-        raise _template_fault(path, "cannot be rendered", error) from error
-
-
-def _template_fault(path, what, error):
-    return DataError(
-        f"{path}: its chat template {what} ({type(error).__name__}: {error}); download it again"
-    )

@@ -12,7 +12,9 @@ import json
 import statistics
 from pathlib import Path
 
-from experiments.map import LR_SEEDS, LR_TRIED, OUT, WORLDS, jobs, result_file
+from experiments.map import OUT, jobs, result_file
+from experiments.map_results import away, cell, mean, read_rates, read_results, values, world_name
+from experiments.predicted import predicted
 from experiments.tables import facts_line, facts_of_now, map_seconds
 from show import new_figure, write_picture
 
@@ -25,15 +27,6 @@ ARMS = {
     "own_correct": "own correct samples",
     "grpo_answer": "GRPO without think",
     "grpo_think": "GRPO with think (RLVR)",
-}
-NAMES = {
-    "wrong": "labels wrong, uniformly: ",
-    "confused": "labels wrong, confused: ",
-    "labelled": "labelled clips: ",
-    "films": "emotions as in films",
-    "rule": "rule, unseen pairs",
-    "scene": "walls that tell: ",
-    "early": "a weak base, labels wrong: ",
 }
 RIVALS = ("label_only", "grpo_think")
 OWES = {  # what an arm starts from, and what it learns from
@@ -50,77 +43,12 @@ COLOURS = dict(zip(ARMS, COLOURS))
 
 
 # --------------------------------------------------------------------------------------------------
-# Results
-
-
-def read_results():
-    """{world: {arm: {seed: figures}}} of what there is."""
-    results = {}
-    for world in WORLDS:
-        for file in sorted((OUT / world).glob("*_[0-9].json")):
-            arm, seed = file.stem.rsplit("_", 1)
-            figures = json.loads(file.read_text(encoding="utf-8"))
-            results.setdefault(world, {}).setdefault(arm, {})[seed] = figures
-    return results
-
-
-def read_rates():
-    """{arm: {learning rate: its WARs on validation, by seed}}"""
-    rates = {}
-    for arm, tried in LR_TRIED.items():
-        for lr in tried:
-            files = [OUT / "lr" / f"{arm}_{lr}_{seed}.json" for seed in LR_SEEDS[arm]]
-            wars = [json.loads(file.read_text(encoding="utf-8"))["war"] for file in files]
-            rates.setdefault(arm, {})[str(lr)] = wars
-    return rates
-
-
-def values(results, world, arm, figure):
-    """The figure's values by seed; figure: names on the way to it, "test.war"."""
-    found = {}
-    for seed, figures in results.get(world, {}).get(arm, {}).items():
-        for name in figure.split("."):
-            figures = figures.get(name) if isinstance(figures, dict) else None
-        if figures is not None:
-            found[seed] = figures
-    return found
-
-
-def mean(results, world, arm, figure):
-    """In percent; not a number where there is none."""
-    found = values(results, world, arm, figure).values()
-    return 100 * statistics.mean(found) if found else float("nan")
-
-
-def cell(found, scale=100, digits=1):
-    """{seed: value} -> mean ± standard deviation."""
-    numbers = [scale * value for value in found.values()]
-    if not numbers:
-        return "–"
-    spread = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
-    return f"{statistics.mean(numbers):.{digits}f}{spread}"
-
-
-def away(world):
-    """The test of other data: for the rule the pairs that training lacks, else other colours and
-    voices."""
-    return {"rule": "test_unseen"}.get(world, "test_ood")
-
-
-def world_name(world):
-    if world == "wrong_0.0":
-        return "clean labels"
-    kind, _, value = world.partition("_")
-    return NAMES[kind] + (f"{100 * float(value):.0f} %" if "." in value else value)
+# Tables
 
 
 def table(head, lines):
     rows = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
-
-
-# --------------------------------------------------------------------------------------------------
-# Tables
 
 
 def accuracy_table(results):
@@ -257,167 +185,6 @@ def rates_table(rates):
             each = ", ".join(f"{100 * war:.1f}" for war in wars)
             lines.append([ARMS[arm], lr, f"{100 * statistics.mean(wars):.1f}", each])
     return table(["arm", "learning rate", "WAR on validation", "seeds 10, 11, ..."], lines)
-
-
-# --------------------------------------------------------------------------------------------------
-# Predictions: number in predictions.md -> [(claim, the numbers it is about, does it hold?)]
-
-
-def predicted(results):
-    """-> [(number, claim, measured, held)]"""
-
-    def m(world, arm, figure):
-        return mean(results, world, arm, figure)
-
-    def war(world, arm):
-        return m(world, arm, "test.war"), m(world, arm, f"{away(world)}.war")
-
-    def gap(world, a, b, figure):
-        return m(world, a, figure) - m(world, b, figure)
-
-    found = []
-
-    def claim(number, text, numbers, held):
-        measured = ", ".join(f"{value:.1f}" for value in numbers)
-        found.append([str(number), text, measured, "yes" if held else "**no**"])
-
-    rival, rlvr = "label_only", "grpo_think"
-    clean, half, confused = "wrong_0.0", "wrong_0.5", "confused_0.4"
-    numbers = [war(clean, rival)[0], war(clean, rlvr)[0]]
-    claim(1, "clean labels: both 100 on test", numbers, min(numbers) == 100)
-    numbers = [war(clean, rival)[1], war(clean, rlvr)[1]]
-    claim(1, "and less than 3 apart on test_ood", numbers, abs(numbers[0] - numbers[1]) < 3)
-
-    shares = (0.1, 0.2, 0.3, 0.4, 0.5)
-    for split, least in (("test", 97), ("test_ood", 85)):
-        numbers = [m(f"wrong_{share}", rlvr, f"{split}.war") for share in shares]
-        claim(2, f"RLVR at 10 to 50 % wrong: {least} on {split}", numbers, min(numbers) >= least)
-    numbers = war("wrong_0.6", rlvr)
-    claim(2, "RLVR at 60 %: 90 / 80", numbers, numbers[0] >= 90 and numbers[1] >= 80)
-    numbers = [war("wrong_0.3", rival)[0]]
-    claim(2, "label-only at 30 %: at least 97 on test", numbers, numbers[0] >= 97)
-    numbers = war(half, rival)
-    claim(2, "label-only at 50 %: at most 85 / 75", numbers, numbers[0] <= 85 and numbers[1] <= 75)
-    numbers = [war("wrong_0.6", rival)[0]]
-    claim(2, "label-only at 60 %: at most 65 on test", numbers, numbers[0] <= 65)
-
-    numbers = war(confused, rival)
-    claim(
-        3,
-        "confused at 40 %: label-only at most 88 / 70",
-        numbers,
-        numbers[0] <= 88 and numbers[1] <= 70,
-    )
-    numbers = war(confused, rlvr)
-    claim(3, "RLVR at least 97 / 85", numbers, numbers[0] >= 97 and numbers[1] >= 85)
-    numbers = [war("confused_0.2", rival)[0], war("confused_0.2", rlvr)[0]]
-    claim(3, "at 20 % a tie on test (less than 4 apart)", numbers, abs(numbers[0] - numbers[1]) < 4)
-
-    numbers = [war(half, "label_cold")[0]]
-    claim(
-        4,
-        "labels alone from the cold start, 50 % wrong: at least 90 on test",
-        numbers,
-        numbers[0] >= 90,
-    )
-    numbers = [war(half, arm)[1] for arm in (rival, "label_cold", rlvr)]
-    claim(4, "and on test_ood between the two", numbers, numbers == sorted(numbers))
-
-    for number, arm, text in (
-        (5, "own_correct", "own correct samples"),
-        (6, "grpo_answer", "without think"),
-    ):
-        for world in (half, confused):
-            numbers = [gap(world, rlvr, arm, f"{split}.war") for split in ("test", "test_ood")]
-            claim(
-                number,
-                f"{world_name(world)}: {text} within 4 of RLVR (RLVR less it, test, test_ood)",
-                numbers,
-                max(map(abs, numbers)) <= 4,
-            )
-
-    numbers = [m(half, rlvr, "wrong.said_in")]
-    claim(7, "50 % wrong: said in at most 20 % of its groups", numbers, numbers[0] <= 20)
-    numbers = [m(half, rlvr, "wrong.weight")]
-    claim(7, "and at most 25 % of the gradient's weight", numbers, numbers[0] <= 25)
-    numbers = [m(half, rlvr, "wrong.said_in"), m(confused, rlvr, "wrong.said_in")]
-    claim(7, "more under confusion", numbers, numbers[0] < numbers[1])
-
-    for clips in (14, 42):
-        numbers = [war(f"labelled_{clips}", arm)[1] for arm in (rival, rlvr)]
-        held = abs(numbers[0] - numbers[1]) < 4
-        claim(8, f"{clips} labels: a tie on test_ood (less than 4 apart)", numbers, held)
-
-    numbers = [m("films", arm, "test.uar") for arm in (rival, rlvr)]
-    claim(
-        9, "rare emotions: label-only has the higher UAR on test", numbers, numbers[0] > numbers[1]
-    )
-    numbers = [m("films", arm, "test.recall.disgust") for arm in (rival, rlvr)]
-    claim(9, "recall of disgust above 50, RLVR's below", numbers, numbers[0] > 50 > numbers[1])
-
-    numbers = [war("rule", rival)[1], war("rule", rlvr)[1]]
-    claim(10, "unseen pairs: label-only ahead by 10", numbers, numbers[0] - numbers[1] >= 10)
-    numbers = [m("rule", rlvr, f"test_unseen.{name}_true") for name in ("face", "voice")]
-    claim(10, "RLVR's statements there 95 % true", numbers, min(numbers) >= 95)
-    numbers = [m("rule", rlvr, "test_unseen.epc")]
-    claim(10, "its answers follow in less than half", numbers, numbers[0] < 50)
-
-    numbers = [m("scene_0.0", "probe", "scene")]
-    claim(11, "the towers carry the wall (probe at least 90)", numbers, numbers[0] >= 90)
-    for arm, text, rule in (
-        (rival, "label-only falls by at least 15 on test", lambda fall: fall >= 15),
-        (rlvr, "RLVR by less than 5", lambda fall: fall < 5),
-    ):
-        fall = war("scene_0.0", arm)[0] - war("scene_1.0", arm)[0]
-        claim(11, f"all walls tell: {text}", [fall], rule(fall))
-    numbers = [
-        war("scene_0.0", rival)[0] - war(world, rival)[0] for world in ("scene_0.9", "scene_1.0")
-    ]
-    claim(11, "label-only falls by less at 90 %", numbers, numbers[0] < numbers[1])
-
-    order = (rlvr, "own_correct", "label_cold")
-    for world in (clean, half):
-        numbers = [m(world, arm, "kl") / 100 for arm in order]
-        held = numbers == sorted(numbers)
-        claim(12, f"{world_name(world)}: KL of RLVR < own correct samples < labels", numbers, held)
-
-    truth = {
-        world: min(m(world, rlvr, f"test.{name}_true") for name in ("face", "voice"))
-        for world in results
-        if values(results, world, rlvr, "test.face_true") and not world.startswith("early")
-    }
-    worst = min(truth, key=truth.get)
-    claim(
-        13,
-        f"RLVR's statements 95 % true on test in every world (least: {world_name(worst)})",
-        [truth[worst]],
-        truth[worst] >= 95,
-    )
-    if not values(results, half, "label_kept", "kl"):  # without map.sh --all
-        return found
-
-    numbers = [gap(half, "own_correct", "label_kept", "test.war")]
-    claim(
-        14, "own correct samples less labels of kept clips: within 4", numbers, abs(numbers[0]) <= 4
-    )
-    numbers = [gap(half, "label_kept", "label_cold", "test_ood.war")]
-    claim(
-        14,
-        "labels of kept clips less those of all, test_ood: at least 10",
-        numbers,
-        numbers[0] >= 10,
-    )
-    numbers = [war(half, "label_words")[1], war(half, rival)[1], war(half, "grpo_answer")[1]]
-    held = abs(numbers[0] - numbers[1]) <= 8 and numbers[2] - numbers[0] >= 10
-    claim(
-        15,
-        "labels from words: within 8 of label-only, 10 below GRPO without think, test_ood",
-        numbers,
-        held,
-    )
-    numbers = [m(clean, "label_words", "kl") / 100]
-    claim(15, "clean labels: its KL at most 5", numbers, numbers[0] <= 5)
-    return found
 
 
 # --------------------------------------------------------------------------------------------------

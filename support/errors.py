@@ -8,6 +8,10 @@ import json
 import os
 from pathlib import Path
 
+# How the file begins that git-lfs leaves in another's place, and what to do about it.
+LFS_MARK = b"version https://git-lfs"
+LFS_ADVICE = "a git-lfs pointer, not the file itself; fetch it with `git lfs pull`"
+
 
 class DataError(ValueError):
     """Something in the user's files or flags is wrong; the message says what and what to do."""
@@ -51,10 +55,7 @@ def read_text(path):
     """A text file's content: UTF-8, or UTF-8 or UTF-16 with a mark in front, as Windows writes."""
     with naming(path):
         content = Path(path).read_bytes()
-    require(
-        not content.startswith(b"version https://git-lfs"),
-        f"{path}: a git-lfs pointer, not the file itself; fetch it with `git lfs pull`",
-    )
+    require(not content.startswith(LFS_MARK), f"{path}: {LFS_ADVICE}")
     utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         return content.decode("utf-16" if utf16 else "utf-8-sig")
@@ -87,7 +88,7 @@ def read_json(path, default=None):
 
 def _parse_json(text):
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":  # after a first value that is whole: JSON lines, it may be
             raise
@@ -95,10 +96,20 @@ def _parse_json(text):
     for number, line in enumerate(text.split("\n"), start=1):
         try:
             if line.strip():
-                values.append(json.loads(line))
+                values.append(json.loads(line, object_pairs_hook=_object))
         except ValueError as error:
             raise ValueError(f"in line {number}: {error}") from error
     return values
+
+
+def _object(pairs):
+    """A JSON object's (key, value) pairs -> dict. Of equal keys, json would take the last."""
+    content = {}
+    for key, value in pairs:
+        if key in content:  # the value, shortened, is what to search the file for
+            raise ValueError(f"key {key!r} is there twice, then as {value!r:.80}; keep one")
+        content[key] = value
+    return content
 
 
 def write_json(path, value):

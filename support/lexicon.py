@@ -11,7 +11,8 @@ from collections import Counter
 
 from rewards import extract_answer, extract_think
 
-# Label -> words for it, in the labels of DFEW, MAFW, RAVDESS and MER.
+# Label -> words for it, in the labels of DFEW, MAFW, RAVDESS and MER. The label itself comes
+# first: `label_of` takes them in this order.
 WORDS = {
     "happy": "happy happily happiness joy joyful joyfully cheerful cheerfully delight delighted "
     "glad pleased amused amusement excited excitement elated",
@@ -36,8 +37,16 @@ NEGATIONS = {"no", "not", "never", "neither", "nor", "without", "isn't", "doesn'
 
 
 def label_of(word, labels=()):
-    """The label that a word stands for; the word itself where it is a label of the data set."""
-    return word if word in labels else LABEL_OF.get(word)
+    """The label that a word stands for; None if it stands for none.
+
+    labels: those of the data set, in its own words. One of them stands for itself, any other word
+    for the first in WORDS that means the same and is one of them, else for the lexicon's label."""
+    if word in labels:
+        return word
+    if word not in LABEL_OF:
+        return None
+    label = LABEL_OF[word]
+    return next((other for other in WORDS[label].split() if other in labels), label)
 
 
 def named_emotion(text, labels=()):

@@ -10,6 +10,7 @@ nothing, and what a model wrote is text in it, whatever it holds.
 
 import base64
 import math
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,12 +20,12 @@ import torch
 from torchvision.io import encode_jpeg
 
 import evaluate
-from checkpoint import read_config
+from checkpoint import CheckpointError, read_config
 from data import QUESTION_REASONING, Example, clips_of
 from rewards import extract_answer
-from show import PANELS, read_lines, read_metrics, whole_file
+from show import PANELS, is_page, read_lines, read_metrics, whole_file
 from support.errors import DataError, is_file, read_json, require
-from support.flags import as_asked, load, parse_flags
+from support.flags import as_asked, load, name_of, parse_flags
 
 # What to look for in each panel of the curves; docs/metrics.md says more.
 LOOK_FOR = {
@@ -46,7 +47,7 @@ LOOK_FOR = {
 def page_path(path):
     """The path, if a page can have it. Raises DataError."""
     path = Path(path)
-    require(path.suffix.lower() in (".html", ".htm"), f"{path}: a page's name ends with .html")
+    require(is_page(path), f"{path}: a page's name ends with .html")
     require(not path.is_dir(), f"{path}: is a folder; give the page a name, such as page.html")
     return path
 
@@ -107,6 +108,12 @@ def seen(clips, i):
 # --------------------------------------------------------------------------------------------------
 # A run
 
+# What is raised where a file of a run lacks a key, or holds a text in a number's place.
+UNEXPECTED = (
+    *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError),
+    jinja2.UndefinedError,
+)
+
 
 def run_page(folder, out):
     """A page about a run of train_grpo.py, also one that goes on. Raises DataError."""
@@ -123,25 +130,33 @@ def run_page(folder, out):
     groups = read_lines(completions) if is_file(completions) else []
     results = read_json(folder / "results.json", {})
     try:
-        run = {
-            "name": str(folder),
-            "config": configs[-1],
-            "updates": len(metrics),
-            "finished": bool(results),
-            "tests": tests_of(results),
-            "charts": charts_of(metrics),
-            "groups": [view_of_group(group, configs[-1]) for group in groups if "pieces" in group],
-            "clips": pairs_of(results),
-        }
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        write_page(out, run=view_of_run(folder, configs[-1], metrics, groups, results))
+    except (DataError, CheckpointError):
+        raise
+    except UNEXPECTED as error:
         raise DataError(
-            f"{folder}: its results.json or completions.jsonl is not as train_grpo.py writes it "
-            f"({type(error).__name__}: {error}); move it away, and the page does without"
+            f"{folder}: its metrics.jsonl, results.json or completions.jsonl is not as "
+            f"train_grpo.py writes it ({type(error).__name__}: {error}); move one of the last two "
+            "away, and the page does without"
         ) from error
+
+
+def view_of_run(folder, config, metrics, groups, results):
+    """What a run's files hold -> what the page shows of it."""
+    run = {
+        "name": str(folder),
+        "config": config,
+        "updates": len(metrics),
+        "finished": bool(results),
+        "tests": tests_of(results),
+        "charts": charts_of(metrics),
+        "groups": [view_of_group(group, config) for group in groups if "pieces" in group],
+        "clips": pairs_of(results),
+    }
     shown = [*run["groups"], *run["clips"]]
-    for view, media in zip(shown, media_of(folder, shown, configs[-1]["fit"])):
+    for view, media in zip(shown, media_of(folder, shown, config["fit"])):
         view["media"] = media
-    write_page(out, run=run)
+    return run
 
 
 def media_of(folder, views, fit):
@@ -149,12 +164,23 @@ def media_of(folder, views, fit):
     saved = [folder / name for name in ("last", "best") if (folder / name).exists()]
     if not saved:
         return [None] * len(views)
+    say_if_none_is_found(views)
     names = {"llm": "", "siglip": "siglip", "whisper": "whisper"}
     configs = {name: read_config(saved[0] / place / "config.json") for name, place in names.items()}
     examples = [Example(Path(view["video"]), "", "", view["modality"]) for view in views]
     model = SimpleNamespace(configs=configs, device=torch.device("cpu"))  # its sizes are enough
     clips = clips_of(model, examples, fit)
     return [seen(clips, i) for i in range(len(views))]
+
+
+def say_if_none_is_found(views):
+    """A run keeps its clips' paths as training was given them."""
+    clips = [Path(view["video"]) for view in views if view["modality"] != "text"]
+    if clips and not any(clip.is_absolute() or is_file(clip) for clip in clips):
+        print(
+            f"no clip is found, {clips[0]} for one: their paths are relative to where training "
+            "was started; run this there"
+        )
 
 
 def tests_of(results):
@@ -234,6 +260,9 @@ def round_up(value):
 # --------------------------------------------------------------------------------------------------
 # A group, token by token
 
+# Of log pi_ref - log pi: e^20 is 5e8, and e^710 is no float any more.
+LARGEST_GAP = 20.0
+
 
 def pulls(advantage, logps, ref_logps, beta):
     """What the gradient of grpo.grpo_loss asks of each token of a completion, in a rollout's first
@@ -250,10 +279,11 @@ def pulls(advantage, logps, ref_logps, beta):
     The loss's gradient is -pull / (tokens of the completion) / (completions of the update).
 
     logps, ref_logps: a number per token; ref_logps may be None -> a list of pulls, and of the KL's
-    parts in them, -beta (1 - e^d)."""
+    parts in them, -beta (1 - e^d), where d is at most LARGEST_GAP."""
     parts = [0.0] * len(logps)
     if beta and ref_logps is not None:
-        parts = [beta * math.expm1(ref - logp) for logp, ref in zip(logps, ref_logps)]
+        gaps = [min(ref - logp, LARGEST_GAP) for logp, ref in zip(logps, ref_logps)]
+        parts = [beta * math.expm1(gap) for gap in gaps]
     return [advantage + part for part in parts], parts
 
 
@@ -323,6 +353,23 @@ def colour(completions):
 # --------------------------------------------------------------------------------------------------
 # One clip under several models, and results side by side
 
+# Those of evaluate.py's flags that say what one clip's answer is.
+USED = (
+    *("model", "siglip", "whisper", "bert", "device", "dtype", "question", "modality", "fit"),
+    *("max_new_tokens", "temperature", "top_p", "samples", "seed"),
+)
+
+
+def check_used(config):
+    """Raise DataError for flags that the page of one clip has no use for."""
+    default = evaluate.Config(workers=0)
+    unused = [
+        name_of(f)
+        for f in fields(config)
+        if f.name not in USED and getattr(config, f.name) != getattr(default, f.name)
+    ]
+    require(not unused, f"{', '.join(unused)}: of no use for the page of a clip; leave it out")
+
 
 def clip_page(path, models, out, flags=()):
     """What checkpoints get of one clip, and say. flags: words of evaluate.py's command line."""
@@ -332,6 +379,7 @@ def clip_page(path, models, out, flags=()):
         # One clip is decoded sooner than a process starts that could decode it ahead.
         words = ["--workers", "0", *flags, "--model", str(model)]
         config = parse_flags(evaluate.Config, evaluate.__doc__, words)
+        check_used(config)
         omni = load(config, dtype=None)
         rows = evaluate.ask(omni, config, [path])
         example = as_asked(Example(Path(path), QUESTION_REASONING, "", "video_audio"), config)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from support.errors import read_json, require
+from support.errors import DataError, read_json, require
 
 PUBLISHED = {  # the paper's Table 1: WAR, UAR
     "HumanOmni-0.5B": {"DFEW": (22.64, 19.44), "MAFW": (20.18, 13.52), "RAVDESS": (7.33, 9.38)},
@@ -40,7 +40,10 @@ def scores_of(files, published=False):
         model, data, metrics = read_result(file)
         row = scores.setdefault(model, {})
         require(data not in row, f"{file}: a second result of {model} on {data}; give one of them")
-        row[data] = (100 * metrics["war"], 100 * metrics["uar"])
+        try:
+            row[data] = (100 * metrics["war"], 100 * metrics["uar"])
+        except TypeError:
+            raise DataError(f"{file}: its WAR and UAR are no numbers") from None
     if published:
         scores |= {f"{model} (published)": row for model, row in PUBLISHED.items()}
     return scores

@@ -10,6 +10,7 @@ import io
 import multiprocessing
 import os
 import resource
+import runpy
 import signal
 import sys
 from multiprocessing import forkserver
@@ -74,6 +75,20 @@ def run_and_draw(name, arguments, *prepare):
     if prepare:
         prepare[0](*prepare[1:])
     importlib.import_module(name).main(arguments)
+
+
+def run_rank(rank, world, port, out, script, arguments):
+    """The script as rank `rank` of `world`, without a launcher; what it prints goes into `out`."""
+    where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
+    where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in where.items()}
+    # The server has imported our own modules as a process that is alone; torch can stay.
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(str(ROOT)):
+            del sys.modules[name]
+    sys.argv = [script, *arguments]
+    with open(out, "w", buffering=1) as sys.stdout:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
 def save_changed(checkpoint, folder, *prepare):

@@ -100,6 +100,27 @@ def test_fields_that_would_change_the_clip_are_refused(tmp_path, name, value, ad
     )
 
 
+FIELDS = """
+begin begin_time stop timestamp timestamps time span interval wav audio_start clip_start start_sec
+start_frame video_segment crop bbox video_path Start startTime StartTime EndTime AUDIO FPS
+"""
+
+
+@pytest.mark.parametrize("name", [*FIELDS.split(), "Start Time", "start-time"])
+def test_such_fields_are_refused_in_any_spelling(tmp_path, name):
+    (tmp_path / "a.mp4").touch()
+    manifest = write_manifest(tmp_path, [entry(**{name: "00:01"})])
+    with pytest.raises(DataError, match=f"entry 0: field {name} is not supported: "):
+        data.read_manifest(manifest)
+
+
+@pytest.mark.parametrize("name", ["start_id", "timed", "clip_id", "audio_quality", "_", "", "ü"])
+def test_names_that_only_contain_such_a_field_are_kept(tmp_path, name):
+    (tmp_path / "a.mp4").touch()
+    (example,) = data.read_manifest(write_manifest(tmp_path, [entry(**{name: "x"})]))
+    assert example.extra == {name: "x"}
+
+
 def test_such_a_field_is_named_though_others_are_missing(tmp_path):
     """An entry of another format, without field video, is told what is wrong with it."""
     for strange in ({"videos": ["a.mp4"], "messages": []}, entry(None, images=["a.jpg"])):
@@ -122,6 +143,13 @@ def test_manifest_media_root_and_limit(tmp_path):
     examples = data.read_manifest(manifest, tmp_path / "media", limit=2)
     assert [e.video for e in examples] == [tmp_path / "media/a.mp4"] * 2
     with pytest.raises(DataError, match="manifest.json: 2 of 2 clips.*a.mp4.*--media-root"):
+        data.read_manifest(manifest)
+
+
+def test_a_folder_is_no_clip(tmp_path):
+    (tmp_path / "folder").mkdir()
+    manifest = write_manifest(tmp_path, [entry("gone.mp4"), entry("folder")])
+    with pytest.raises(DataError, match="manifest.json: .*/folder is a folder; list the files"):
         data.read_manifest(manifest)
 
 

@@ -52,6 +52,9 @@ def test_line_ends_inside_of_a_text_are_none_of_json_lines(tmp_path):
         (b"\xff\xff", "is not text in UTF-8"),
         (b"\xff\xfea", "is not text in UTF-8"),
         (b'"\\ud800"', "cannot be read as JSON"),
+        (b'{"a": 1, "b": 2, "a": "c"}', "key 'a' is there twice, then as 'c'; keep one"),
+        (b'[{"a": {"b": 1, "b": 1}}]', "key 'b' is there twice"),
+        (b'{"a": 1}\n{"a": 2, "a": 3}', "in line 2: key 'a' is there twice"),
         (b"[" * 100_000 + b"]" * 100_000, "cannot be read as JSON"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n", "git lfs pull"),
     ],
@@ -61,6 +64,17 @@ def test_what_is_no_json_is_named_for_what_it_is(tmp_path, content, message):
     with pytest.raises(DataError, match=f"a.json: .*{message}") as caught:
         read_json(tmp_path / "a.json")
     assert ("git-lfs" in str(caught.value)) == content.startswith(b"version")
+
+
+def test_of_a_long_value_that_is_there_twice_the_beginning_is_shown(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"b": 1})[:-1] + f', "b": "{"x" * 1000}"}}')
+    with pytest.raises(DataError, match=r"key 'b' is there twice, then as 'x{79}; keep one"):
+        read_json(tmp_path / "a.json")
+
+
+def test_the_same_key_in_two_objects_is_none_twice(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": {"a": 1}, "b": [{"a": 2}, {"a": 3}]}')
+    assert read_json(tmp_path / "a.json") == {"a": {"a": 1}, "b": [{"a": 2}, {"a": 3}]}
 
 
 def test_a_file_that_is_not_there_or_no_object(tmp_path):
@@ -107,6 +121,15 @@ def test_paths_of_windows(tmp_path):
     assert videos == [tmp_path / "happy" / "loud" / "a.mp4", tmp_path / "b\\c.mp4"]
     (tmp_path / "m.json").write_text(json.dumps([entry("sad\\x.mp4")]))
     with pytest.raises(DataError, match="m.json: 1 of 1 clips do not exist: .*sad/x.mp4"):
+        read_manifest(tmp_path / "m.json")
+
+
+def test_a_clip_that_is_there_twice_is_refused(tmp_path):
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / name).touch()
+    text = json.dumps([entry()]).replace("{", '{"video": "b.mp4", ', 1)
+    (tmp_path / "m.json").write_text(text)
+    with pytest.raises(DataError, match="m.json: .*key 'video' is there twice, then as 'a.mp4'"):
         read_manifest(tmp_path / "m.json")
 
 

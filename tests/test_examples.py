@@ -207,6 +207,15 @@ def test_a_reward_for_an_answer_that_the_thinking_names(think, answer, reward):
     assert function(completion, "happy") == function(completion, "angry") == reward
 
 
+@pytest.mark.parametrize("answer", ["sadness", "sad", "sorrow"])
+@pytest.mark.parametrize("label", ["sadness", "sad", "anger"])
+def test_that_reward_takes_any_word_for_the_emotion(label, answer):
+    """Also where the labels are other words than the lexicon's."""
+    function = find_rewards({}, ["examples.consistent:consistent"])["consistent"]
+    assert function(f"<think>She looks sad.</think><answer>{answer}</answer>", label) == 1
+    assert function(f"<think>She looks glad.</think><answer>{answer}</answer>", label) == 0
+
+
 def test_that_reward_is_short():
     source = (ROOT / "examples" / "consistent.py").read_text(encoding="utf-8")
     assert len(source.splitlines()) <= 20

@@ -3,7 +3,7 @@
 import pytest
 
 from evaluate import ALIASES, score
-from support.lexicon import LABEL_OF, WORDS, explanation_metrics, named_emotion
+from support.lexicon import LABEL_OF, WORDS, explanation_metrics, label_of, named_emotion
 
 
 def test_a_word_stands_for_one_label():
@@ -41,6 +41,30 @@ def test_a_label_of_the_data_set_stands_for_itself():
     assert named_emotion("She is calm.", {"calm", "neutral"}) == "calm"
 
 
+@pytest.mark.parametrize(
+    "labels, word, label",
+    [
+        ({"sadness", "anger", "joy"}, "sad", "sadness"),
+        ({"sadness", "anger", "joy"}, "sadness", "sadness"),
+        ({"sadness", "anger", "joy"}, "furious", "anger"),
+        ({"sadness", "anger", "joy"}, "afraid", "fear"),  # no label of theirs, but an emotion
+        ({"anger", "angry"}, "anger", "anger"),  # two labels stay two
+        ({"anger", "angry"}, "furious", "angry"),
+        ({"excitement", "happiness"}, "excitement", "excitement"),
+        ({"excitement", "happiness"}, "glad", "happiness"),  # the first of them in WORDS
+        ({"calm", "neutral"}, "composed", "neutral"),
+        ({"calm"}, "composed", "calm"),
+        ({"pride", "sad"}, "pride", "pride"),  # a word that the lexicon lacks
+        ({"pride", "sad"}, "sorrow", "sad"),
+        ({"pride", "sad"}, "proud", None),
+        ((), "sadness", "sad"),
+    ],
+)
+def test_a_word_stands_for_the_data_sets_own_label(labels, word, label):
+    assert label_of(word, labels) == label
+    assert named_emotion(f"There is {word}.", labels) == label
+
+
 def row(label, think, answer):
     completion = f"<think>{think}</think><answer>{answer}</answer>"
     return {"label": label, "completion": completion, "index": 0, "tokens": 5, "truncated": False}
@@ -59,6 +83,24 @@ def test_explanations_by_hand():
     assert explanation_metrics(rows) == expected
     assert expected.items() <= score(rows).items()
     assert explanation_metrics(rows[4:]) == {}
+
+
+@pytest.mark.parametrize(
+    "label, think",
+    [
+        ("sadness", "She looks sad; her sorrow is plain."),
+        ("anger", "He is furious, an angry man."),
+        ("joy", "She is happy."),
+        ("fearful", "He shows fear."),
+        ("calm", "She is composed."),
+        ("sad", "She is full of sadness."),
+    ],
+)
+def test_labels_that_are_other_words_for_the_lexicons(label, think):
+    rows = [row(label, think, label), row(label, "He is disgusted.", label)]
+    half = {"explained": 1, "eea": 0.5, "epc": 0.5, "fcr": 0.5}
+    assert explanation_metrics(rows) == half
+    assert explanation_metrics([*rows, *rows[:1], row("disgust", "", label)])["eea"] == 0.5
 
 
 def test_a_check_that_knows_better_has_the_last_word():

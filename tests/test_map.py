@@ -10,7 +10,8 @@ from conftest import ROOT
 from runs import CHECKPOINT, write_manifest
 
 from experiments import map as experiment
-from experiments import map_page
+from experiments import map_page, map_results
+from experiments.predicted import LATER, predicted
 from toy.world import EMOTIONS, make_manifest, reasoned
 
 
@@ -125,7 +126,7 @@ def facts():
     wrong = dict.fromkeys(("wrong_groups", "said_in", "said", "right_said", "weight"), 0.2)
     results = {}
     for world in experiment.WORLDS:
-        for _, name, arm, seed in experiment.jobs():
+        for _, name, arm, seed in experiment.jobs(more=True):
             if name != world:
                 continue
             figures = {"kl": rng.random(), "seconds": 60}
@@ -149,11 +150,11 @@ def facts():
 def test_the_page_holds_every_world_and_every_prediction(facts, tmp_path):
     page = map_page.page(facts)
     for world in facts["results"]:
-        assert map_page.world_name(world) in page
+        assert map_results.world_name(world) in page
     said = (ROOT / "experiments" / "predictions.md").read_text(encoding="utf-8")
     numbers = {line.split(".")[0] for line in said.splitlines() if line[:1].isdigit()}
-    predicted = map_page.predicted(facts["results"])
-    assert {number for number, *_ in predicted} == numbers == {str(n) for n in range(1, 14)}
+    claims = predicted(facts["results"])
+    assert {number for number, *_ in claims} == numbers == {str(n) for n in range(1, 17)}
     assert "nan" not in page
     map_page.draw(facts["results"], tmp_path / "map.png")
     assert (tmp_path / "map.png").stat().st_size > 10_000
@@ -167,7 +168,7 @@ def test_the_pages_are_those_of_the_results():
     text = (folder / "when_rlvr_wins.md").read_text(encoding="utf-8")
     assert map_page.summary_table(facts["results"]) in text
     assert map_page.arms_table(facts["results"]) in text
-    claims = map_page.predicted(facts["results"])
+    claims = predicted(facts["results"])
     failed = sum(held == "**no**" for *_, held in claims)
     assert f"Of {len(claims)} claims {failed} failed" in text
 
@@ -185,5 +186,8 @@ def test_a_prediction_that_failed_is_said_to_have(facts):
     for arms in facts["results"].values():
         for run in arms["grpo_think"].values():
             run["test"]["face_true"] = 0.5
-    *_, last = map_page.predicted(facts["results"])
+    for world in ("early_0.0", "early_0.5"):
+        del facts["results"][world]
+    *_, last = predicted(facts["results"])
+    assert int(last[0]) == min(LATER) - 1  # what --all alone runs is not said to have failed
     assert last[0] == "13" and last[2] == "50.0" and last[3] == "**no**"

@@ -3,6 +3,7 @@
 Golden numbers are described in golden/README.md; all other clips are written here with PyAV.
 """
 
+import errno
 import itertools
 import json
 import math
@@ -313,6 +314,26 @@ def test_what_is_no_clip_is_an_error_that_names_the_file(tmp_path, make):
     ):
         with pytest.raises(ClipError, match="bad.mp4"):
             load()
+
+
+def test_what_is_no_file_or_stands_for_one_is_named_for_what_it_is(tmp_path):
+    with pytest.raises(ClipError, match=f"^{tmp_path}: is a folder; give a file in it$"):
+        media.load_clip(tmp_path, 4)
+    with pytest.raises(ClipError, match="gone.mp4: no such file$"):
+        media.load_clip(tmp_path / "gone.mp4", 4)
+    pointer = tmp_path / "1001_DFA_ANG_XX.flv"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
+    with pytest.raises(ClipError, match="XX.flv: a git-lfs pointer, .* `git lfs pull`$"):
+        media.load_clip(pointer, 4)
+
+
+def test_a_file_that_may_not_be_read_is_a_clip_that_cannot_be(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(media, "open", refuse, raising=False)
+    with pytest.raises(ClipError, match=r"clip.mp4: cannot be decoded \(Permission denied\)$"):
+        media.load_clip(CLIP, 2)
 
 
 def test_damaged_packets(tmp_path):

@@ -185,6 +185,7 @@ def test_mafw_maps_all_label_words(mafw):
         "disappointed",
     ]
     assert [e.video.name for e in examples] == [f"{n:05d}.mp4" for n in range(11)]
+    (mafw / "manifests" / "out.json").unlink()
     assert labels(manifest(mafw, "mafw", "--split", "test")) == {"00003.mp4": "happy"}
 
 
@@ -324,6 +325,7 @@ def test_emer_first_version(emer, encoding):
         "sample_3.avi": "<think>She smiles.</think>\n<answer>happy</answer>",
     }
     assert {e.question for e in examples} == {QUESTION_REASONING}
+    (emer / "manifests" / "out.json").unlink()
     answers = [e.answer for e in manifest(emer, "emer", "--question", "label")]
     assert answers == ["angry", "worried", "happy"]
 
@@ -568,6 +570,14 @@ def test_meld_malformed(meld, text, expected):
     assert expected in refusal(meld, "meld", "--split", "dev")
 
 
+def test_meld_clip_with_two_labels(meld):
+    rows = meld_row("joy", 0, 0) + meld_row("fear", 1, 0) + meld_row("anger", 0, 0)
+    write(meld / "set" / "dev_sent_emo.csv", MELD_HEADER + rows)
+    # Also of missing clips: which label is right has to be settled before they are unpacked.
+    message = refusal(meld, "meld", "--split", "dev", "--skip-missing")
+    assert "dev_splits_complete/dia0_utt0.mp4: is listed as happy and as angry;" in message
+
+
 def test_meld_without_its_table(meld):
     (meld / "set" / "test_sent_emo.csv").unlink()
     assert "set/test_sent_emo.csv: no such file" in refusal(meld, "meld", "--split", "test")
@@ -632,6 +642,33 @@ def test_mer_csv_and_clips_elsewhere(mer):
     assert labels(examples) == {"sample_6.avi": "sad"}
 
 
+def test_a_clip_that_is_listed_twice(mer, capsys):
+    table = write(mer / "set" / "track1.csv", "name,discrete\nsample_0,happy\nsample_0,sad\n")
+    message = refusal(mer, "mer")
+    assert message.endswith("sample_0.mp4: is listed as happy and as sad; take one of them out")
+    # The same clip in another writing, and a row without a label, which contradicts none.
+    write(table, "name,discrete\nsample_0,sad\nsample_1,sad\nsample_0.mp4,sad\nsample_0,\n")
+    assert [e.video.name for e in manifest(mer, "mer")] == ["sample_0.mp4", "sample_1.mp4"]
+    printed = capsys.readouterr().out
+    assert "1 of 3 entries left out, equal to earlier ones\n" in printed
+    assert printed.splitlines()[-1].split()[:2] == ["all", "2"]
+
+
+def test_two_texts_of_a_clip_are_both_kept_if_they_agree(emer):
+    rows = "sample_1,sad,,He.\nsample_1,sad,,Tears.\nsample_1,sad,,He.\n"
+    table = write(emer / "set" / "gt.csv", f"names,emotions,subtitles,reasons\n{rows}")
+    assert ["He." in e.answer for e in manifest(emer, "emer")] == [True, False]
+    (emer / "manifests" / "out.json").unlink()
+    write(table, f"names,emotions,subtitles,reasons\n{rows}sample_1,happy,,He.\n")
+    assert "sample_1.mp4: is listed as sad and as happy;" in refusal(emer, "emer")
+
+
+def test_files_that_macos_leaves_are_no_tables(mer):
+    write(mer / "set" / "track1.csv", "name,discrete\nsample_0,happy\n")
+    touch(mer / "set" / "._track1.csv")
+    assert labels(manifest(mer, "mer")) == {"sample_0.mp4": "happy"}
+
+
 @pytest.mark.parametrize(
     "text, expected",
     [
@@ -657,8 +694,9 @@ def test_flags_of_other_sets_are_refused_not_ignored(tmp_path):
     message = refusal(tmp_path, "mafw", "--split", "test", "--actors", "1")
     assert message == "mafw has no --actors; it takes --split, --fold"
     assert refusal(tmp_path, "cremad", "--fold", "1") == "cremad has no --fold; it takes --actors"
-    for name in ("dfew", "mafw", "meld"):
-        assert refusal(tmp_path, name) == f"{name} needs --split"
+    for name in ("dfew", "mafw"):
+        assert refusal(tmp_path, name) == f"{name} needs --split: train or test"
+    assert refusal(tmp_path, "meld") == "meld needs --split: train, dev or test"
 
 
 def test_wrong_folders(mafw):
@@ -668,6 +706,45 @@ def test_wrong_folders(mafw):
         prepare.main([*flags, "--root", str(mafw / "nowhere"), "--out", str(mafw / "m.json")])
     with pytest.raises(DataError, match="is a folder; --out should be"):
         prepare.main([*flags, "--root", str(mafw / "set"), "--out", str(mafw)])
+
+
+def test_out_does_not_replace_the_data_set(meld, cremad):
+    meld_flags = ["meld", "--root", str(meld / "set"), "--split", "train"]
+    cremad_flags = ["cremad", "--root", str(cremad / "set")]
+    table = meld / "set" / "train_sent_emo.csv"
+    clip = cremad / "set" / "VideoFlash" / "1001_IEO_ANG_XX.flv"
+    for flags, out in [
+        (meld_flags, table),
+        (cremad_flags, clip),
+        (cremad_flags, cremad / "new.jsonl"),
+        (cremad_flags, cremad / "new"),
+    ]:
+        before = out.exists() and out.read_bytes()
+        with pytest.raises(DataError, match=f"{out}: .* --out should end in .json"):
+            prepare.main([*flags, "--out", str(out)])
+        assert (out.exists() and out.read_bytes()) == before
+
+
+@pytest.mark.parametrize("text", ["", "name,discrete", "{}", '[{"video": "a.mp4"}]', "[1]"])
+def test_out_does_not_replace_other_files(mafw, monkeypatch, text):
+    out = write(mafw / "manifests" / "out.json", text)
+    # Found before any file of the data set is read.
+    monkeypatch.setattr(prepare, "read_text", None)
+    with pytest.raises(DataError, match="out.json: is not a manifest of prepare.py, .* --out"):
+        manifest(mafw, "mafw", "--split", "test")
+    assert out.read_text() == text
+
+
+def test_out_does_not_replace_another_manifest(ravdess):
+    everyone = manifest(ravdess, "ravdess")
+    out = ravdess / "manifests" / "out.json"
+    before = out.read_bytes()
+    with pytest.raises(DataError, match="out.json: is another manifest; delete it or choose"):
+        manifest(ravdess, "ravdess", "--actors", "1,2")
+    assert out.read_bytes() == before
+    # The same one again is no loss.
+    assert manifest(ravdess, "ravdess", "--actors", "1-3,24") == everyone
+    assert out.read_bytes() == before
 
 
 def test_paths_are_relative_to_the_manifest_even_through_links(mafw, monkeypatch):
@@ -689,7 +766,7 @@ def test_a_failed_write_leaves_the_old_manifest(mafw, monkeypatch):
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full: .*out.json'"):
-        manifest(mafw, "mafw", "--split", "train")
+        manifest(mafw, "mafw", "--split", "test")
     assert len(read_manifest(mafw / "manifests" / "out.json")) == 1
 
 

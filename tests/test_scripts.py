@@ -613,6 +613,8 @@ def test_clips_are_answered_in_python_and_from_the_command_line(tmp_path, capsys
     assert evaluate.answerer(CHECKPOINT, question="label", **quick)(CLIPS[0]) != (think, word)
     with pytest.raises(DataError, match="nowhere.mp4"):
         answer("nowhere.mp4")
+    with pytest.raises(DataError, match="a clip gets one answer here"):
+        evaluate.answerer(CHECKPOINT, samples=2)
 
     folder, out = tmp_path / "folder", tmp_path / "out"
     folder.mkdir()
@@ -626,7 +628,12 @@ def test_clips_are_answered_in_python_and_from_the_command_line(tmp_path, capsys
     printed = capsys.readouterr().out
     assert all(line["clip"] in printed and line["completion"] in printed for line in lines)
     assert [file.name for file in out.iterdir()] == ["answers.jsonl"]
+    with pytest.raises(DataError, match="answers.jsonl: is there already; delete it or choose"):
+        evaluate.main([*EVALUATE, "--clip", *CLIPS, "--out", str(out)])
+    with pytest.raises(DataError, match="--aliases is for --data, not --clip"):
+        evaluate.main([*EVALUATE, "--clip", CLIPS[0], "--aliases"])
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "._clip.mp4").write_text("as macOS leaves it")
     with pytest.raises(DataError, match="empty: holds no media file"):
         evaluate.main([*EVALUATE, "--clip", str(tmp_path / "empty")])
 
@@ -689,6 +696,13 @@ def test_completions_may_hold_what_other_alphabets_end_lines_with(tmp_path):
     evaluate.append_rows(log, [row])
     evaluate.start_log(log, {"settings": 1})  # an interrupted evaluation goes on
     assert evaluate.read_log(log, samples=1) == [row]
+    torn = json.dumps({**row, "completion": "é"}, ensure_ascii=False).encode()
+    log.write_bytes(log.read_bytes() + torn[: torn.index("é".encode()) + 1])  # within a letter
+    evaluate.start_log(log, {"settings": 1})
+    assert evaluate.read_log(log, samples=1) == [row]
+    log.write_text(log.read_text() + "no JSON\n")
+    with pytest.raises(DataError, match="x.partial.jsonl: cannot be read as JSON lines"):
+        evaluate.start_log(log, {"settings": 1})
 
 
 def test_an_interrupted_evaluation_does_not_go_on_with_another_manifest(
@@ -757,6 +771,10 @@ def test_no_result_hides_another_in_a_table(tmp_path):
     with pytest.raises(DataError, match="again.json: a second result of m on DFEW"):
         run_results.results_table([*files, again])
     assert "| n |" in run_results.results_table([*files, result("other.json", "DFEW", "n")])
+    none = tmp_path / "none.json"
+    none.write_text(Path(again).read_text().replace('"war": 0.5', '"war": null'))
+    with pytest.raises(DataError, match="none.json: its WAR and UAR are no numbers"):
+        run_results.scores_of([none])
 
 
 def test_a_check_may_not_take_a_metrics_name():
@@ -780,6 +798,28 @@ def test_wrong_names_are_found_before_the_toy_is_made(monkeypatch):
     for name in ("--reward", "--check"):
         with pytest.raises(DataError, match=f"{name} nothere:f: cannot be found"):
             train_grpo.main([name, "nothere:f"])
+
+
+def test_a_folder_of_one_clip_and_clips_left_out_are_said(tmp_path, capsys):
+    folder, out = tmp_path / "folder", tmp_path / "out"
+    folder.mkdir()
+    shutil.copy(CLIPS[0], folder / "0.mp4")
+    evaluate.main([*EVALUATE, "--clip", str(folder), "--out", str(out)])
+    assert len((out / "answers.jsonl").read_text().splitlines()) == 1
+    for i in range(1, 20):
+        (folder / f"{i}.mp4").symlink_to(CLIPS[0])
+    (folder / "bad.mp4").write_text("no clip")
+    more = ["--on-bad-clip", "skip", "--out", str(tmp_path / "other")]
+    evaluate.main([*EVALUATE, "--clip", str(folder), *more])
+    assert "clips left out are listed in" in capsys.readouterr().out
+
+
+def test_several_samples_of_one_clip_are_printed(capsys):
+    one, three = (
+        (evaluate.main([*EVALUATE, "--clip", CLIPS[0], *more]), capsys.readouterr().out)[1]
+        for more in (["--temperature", "1"], ["--temperature", "1", "--samples", "3"])
+    )
+    assert len(three) > len(one)
 
 
 def test_a_users_module_may_put_folders_on_the_path(tmp_path, monkeypatch):
@@ -846,7 +886,11 @@ def test_what_is_no_result_of_this_manifest_is_not_replaced(tmp_path):
             evaluation(manifest, out)
         assert (out / "test.json").read_bytes() == content
     assert (tmp_path / "out" / "test.json").read_bytes() == before
-    # An earlier result of the same manifest gives way to a new one.
+    with pytest.raises(DataError, match="test.json: is not a result of .*another --out"):
+        evaluate.main(
+            [*EVALUATE, "--model", "another", "--data", first, "--out", f"{tmp_path}/out"]
+        )
+    # An earlier result of the same model and manifest gives way to a new one.
     assert len(evaluation(first, tmp_path / "out", "--limit 2")["completions"]) == 2
 
 

@@ -65,6 +65,11 @@ def test_show_names_what_cannot_be_shown(tmp_path):
     with pytest.raises(ClipError, match="b.mp4: no such file"):
         show.main(["clip", str(tmp_path / "b.mp4"), "--out", str(tmp_path / "seen.png")])
     assert not (tmp_path / "seen.png").exists()
+    with pytest.raises(ClipError, match="is a folder"):
+        show.main(["clip", str(tmp_path), "--out", str(tmp_path / "seen.png")])
+    with pytest.raises(DataError, match="page.html: a page of a clip needs --model DIR"):
+        show.main(["clip", CLIPS[0], "--out", str(tmp_path / "page.html")])
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("frames", [1, 2])
@@ -162,6 +167,12 @@ def test_curves_of_a_file(tmp_path, capsys):
     assert [line["update"] for line in show.read_metrics(file)] == [1, 2]
 
 
+def test_a_line_that_is_cut_off_inside_a_character_is_left_out(tmp_path):
+    file = tmp_path / "completions.jsonl"
+    file.write_bytes('\ufeff{"a": "é\u2028"}\n{"a": "é'.encode()[:-1])
+    assert show.read_lines(file) == [{"a": "é\u2028"}]
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -171,6 +182,7 @@ def test_curves_of_a_file(tmp_path, capsys):
         ('{"step": 1, "loss": 2.0}\n[]\n', "is it the metrics.jsonl of train_grpo.py"),
         ("no json\n", "cannot be read as JSON lines"),
         (b"\xff\xfe\n", "is not text"),
+        ("version https://git-lfs.github.com/spec/v1\noid", "a git-lfs pointer"),
     ],
 )
 def test_curves_of_something_else_are_refused(tmp_path, text, message):
@@ -329,6 +341,14 @@ def test_scores_are_bars(result_files, figures):
     assert {"before", "after <b>"} <= set(texts_of(figures[0]))
 
 
+def test_a_model_of_any_name_is_in_the_legend(figures):
+    models = ["_hidden", "$x$", "shown"]
+    show.draw_scores({model: {"DFEW": (50, 40)} for model in models}, "table.png")
+    (legend,) = figures[0].legends
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert shown == ["_hidden", r"\$x\$", "shown"]
+
+
 @pytest.mark.parametrize("name", ["table.png", "table.html"])
 def test_a_table_of_files(result_files, tmp_path, capsys, name):
     out = tmp_path / "new" / name
@@ -474,6 +494,9 @@ def test_pulls_by_hand():
     assert parts == pytest.approx([-0.1, 0.2, 0.0])
     assert pages.pulls(-1.5, [half], None, beta=0.2) == ([-1.5], [0.0])
     assert pages.pulls(-1.5, [half], [quarter], beta=0.0) == ([-1.5], [0.0])
+    # However much less likely a token has become, it is a number.
+    _, parts = pages.pulls(1.0, [-900.0, -half], [half, -900.0], beta=0.2)
+    assert parts == pytest.approx([0.2 * math.exp(pages.LARGEST_GAP), -0.2])
 
 
 def test_pulls_are_the_losss_gradient():
@@ -621,9 +644,11 @@ def test_what_a_model_wrote_stays_text(finished, tmp_path):
     page = read_page(tmp_path / "page.html")  # no element and no attribute came of it
     assert page.text.count(HOSTILE) == 5
     assert any(repr(HOSTILE)[:30] in token["title"] for token in page.all("i"))
+    # A token with a bidi override turns itself around, and none behind it.
+    assert ".tokens i, pre { unicode-bidi: isolate; }" in page.source
 
 
-def test_the_page_of_a_run_that_goes_on(finished, tmp_path):
+def test_the_page_of_a_run_that_goes_on(finished, tmp_path, capsys):
     """No checkpoint, no results, no group yet, a clip that has gone."""
     run = copied(finished, tmp_path, results_json=None)
     show.main(["run", str(run), "--out", str(tmp_path / "a.html")])
@@ -638,6 +663,19 @@ def test_the_page_of_a_run_that_goes_on(finished, tmp_path):
     (run / "completions.jsonl").write_text(json.dumps(group | {"video": "gone.mp4"}) + "\n")
     show.main(["run", str(run), "--out", str(tmp_path / "c.html")])
     assert "gone.mp4: no such file" in read_page(tmp_path / "c.html").text
+    assert "no clip is found, gone.mp4 for one: their paths are relative" in capsys.readouterr().out
+
+
+def test_only_where_all_clips_are_lost_the_folder_is_wrong(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.mp4").touch()
+    here, gone = ({"video": name, "modality": "video"} for name in ("a.mp4", "gone.mp4"))
+    text = {"video": "None", "modality": "text"}
+    for views in ([here, gone], [gone | {"video": "/gone.mp4"}], [text], []):
+        pages.say_if_none_is_found(views)
+        assert capsys.readouterr().out == ""
+    pages.say_if_none_is_found([text, gone])
+    assert "gone.mp4 for one" in capsys.readouterr().out
 
 
 def test_a_run_without_its_files_is_refused(finished, tmp_path):
@@ -653,6 +691,39 @@ def test_a_run_without_its_files_is_refused(finished, tmp_path):
     with pytest.raises(DataError, match="results.json or completions.jsonl is not as train_grpo"):
         show.main(["run", str(run)])
     assert not (tmp_path / "page.html").exists() and not (tmp_path / "no").exists()
+
+
+def first_line_without(file, name):
+    config, *lines = file.read_text().splitlines(keepends=True)
+    config = json.loads(config)
+    del config["config"][name]
+    return "".join([json.dumps(config) + "\n", *lines])
+
+
+def results_with(file, **changes):
+    results = json.loads(file.read_text())
+    results["after"]["manifest"] |= changes
+    return json.dumps(results)
+
+
+@pytest.mark.parametrize(
+    "name, edited, message",
+    [
+        ("metrics", lambda file: first_line_without(file, "fit"), "KeyError: 'fit'"),
+        ("metrics", lambda file: first_line_without(file, "updates_per_rollout"), "Undefined"),
+        ("metrics", lambda file: file.read_text().replace('"kl": 0', '"kl": "x", "": 0'), "Type"),
+        ("results", lambda file: file.read_text().replace('"format"', '"old"'), "'format'"),
+        ("results", lambda file: results_with(file, war=None), "TypeError"),
+    ],
+)
+def test_files_of_a_run_that_were_edited_are_named(finished, tmp_path, name, edited, message):
+    run = copied(finished, tmp_path)
+    (file,) = run.glob(f"{name}.json*")
+    file.write_text(edited(file))
+    files = "metrics.jsonl, results.json or completions.jsonl is not as train_grpo.py"
+    with pytest.raises(DataError, match=f"{files}.*{message}"):
+        show.main(["run", str(run)])
+    assert not (run / "page.html").exists()
 
 
 def test_a_clip_under_several_models(finished, tmp_path, capsys):
@@ -681,6 +752,12 @@ def test_a_clip_under_several_models(finished, tmp_path, capsys):
         ([CLIPS[0], "--model", "nowhere"], ValueError, "nowhere/config.json: not found"),
         ([CLIPS[0], "--model", CHECKPOINT, "--max-new-tokens", "0"], DataError, "at least 1"),
         ([CLIPS[0], "--model", CHECKPOINT, "--out", "a.png"], DataError, "ends with .html"),
+        (
+            [CLIPS[0], "--model", CHECKPOINT, *"--clip b.mp4 --data z.json --aliases".split()],
+            DataError,
+            "--data, --clip, --aliases: of no use for the page",
+        ),
+        ([CLIPS[0], "--model", CHECKPOINT, "--workers", "3"], DataError, "--workers: of no use"),
     ],
 )
 def test_a_clip_page_that_cannot_be_made(tmp_path, monkeypatch, words, error, message):
@@ -694,6 +771,12 @@ def test_other_flags_are_unknown_without_models(capsys):
     with pytest.raises(SystemExit):
         show.main(["clip", CLIPS[0], "--question", "label"])
     assert "unrecognized arguments: --question label" in capsys.readouterr().err
+
+
+def test_frames_are_not_chosen_where_the_models_are(capsys):
+    with pytest.raises(SystemExit):
+        show.main(["clip", CLIPS[0], "--model", CHECKPOINT, "--frames", "3"])
+    assert "--frames and --size do not go with --model" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------

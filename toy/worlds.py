@@ -94,8 +94,8 @@ FILMS = {
     "neutral": 2709,
     "happy": 2488,
     "angry": 2229,
-    "sad": 2012,
-    "surprise": 1497,
+    "sad": 2008,
+    "surprise": 1498,
     "fear": 981,
     "disgust": 146,
 }
