@@ -174,6 +174,14 @@ def weak_base(f):
     yield "and RLVR at least 3 ahead of own correct samples", [gap], gap >= 3
 
 
+def weak_base_from_words(f):
+    clean, half = "early_0.0", "early_0.5"
+    gap = f.home(clean, RLVR) - f.home(clean, "label_words")
+    yield "a weak base, clean labels: RLVR less labels from words within 5", [gap], abs(gap) <= 5
+    loss = f.home(clean, "label_words") - f.home(half, "label_words")
+    yield "which lose at least 10 by half being wrong", [loss], loss >= 10
+
+
 PREDICTIONS = {
     1: clean_labels,
     2: wrong_labels,
@@ -191,9 +199,10 @@ PREDICTIONS = {
     14: filter_or_samples,
     15: from_words,
     16: weak_base,
+    17: weak_base_from_words,
 }
 # These are about what only map.sh --all runs.
-LATER = (14, 15, 16)
+LATER = (14, 15, 16, 17)
 
 
 def predicted(results):
