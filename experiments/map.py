@@ -375,7 +375,8 @@ MORE = [
     (("scene_1.0", "scene_0.0", "scene_0.9"), TWO, 5),
     (("labelled_14", "labelled_42"), TWO, 3),
     (("wrong_0.2", "wrong_0.1"), TWO, 3),
-    (("early_0.5", "early_0.0"), ("cold_start", *THREE, "label_words", "own_correct"), 5),
+    (("early_0.0",), ("cold_start",), 5),
+    (("early_0.5", "early_0.0"), (*THREE, "label_words", "own_correct"), 5),
 ]
 QUICK = [(("wrong_0.0", "wrong_0.5"), TWO, 1), (("rule",), TWO, 1)]
 
