@@ -66,8 +66,9 @@ EARLY_STEPS = 60  # of 900: what its cold start says of a clip fits the label in
 # Where each medium is also taken away (paper, section 5.3).
 ALONE_IN = ("wrong_0.0", "wrong_0.5")
 STEPS, ROLLOUTS, BATCH = 150, 75, 16
-# Learning rates: the best of LR_TRIED by WAR on validation, which is as noisy as training. Two were
-# equally good for label_only; each of its runs gets the one that is better on its own validation.
+# Learning rates: the best of LR_TRIED by WAR on validation, which is as noisy as training; of those
+# within one clip of the best, the one that others have. Two were equally good for label_only; each
+# of its runs gets the one that is better on its own validation.
 # GRPO's with <think> is the default, chosen before in the toy itself (stability.md).
 SFT_LR = {"label_only": (1e-3, 3e-3)}
 SFT_LR |= dict.fromkeys(("label_cold", "label_words", "label_kept", "own_correct"), (1e-3,))

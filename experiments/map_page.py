@@ -246,7 +246,8 @@ def page(facts):
         "# When does RLVR beat fine-tuning on the labels?\n",
         f"{facts_line(facts)}. Written by `experiments/map_page.py`, figures in `map.json`. "
         "Means over seeds ± standard deviation, in percent. What the worlds and the arms are: "
-        "[worlds.py](../toy/worlds.py), [map.py](map.py). What follows from all this: "
+        "[worlds.py](../toy/worlds.py), [map.py](map.py). The minutes are half of all jobs', as "
+        "two run at a time; other work ran beside some. What follows from all this: "
         "[when_rlvr_wins.md](when_rlvr_wins.md).\n",
         "![Accuracy by share of wrong labels, and in other worlds](map.png)\n",
         "## Accuracy\n",
@@ -270,11 +271,14 @@ def page(facts):
         "`swapped` clips have one clip's face and another's voice. Whose emotion is answered?\n",
         swapped_table(results),
         "## How far from the start\n",
-        "KL from the model that training started from, in nats per completion, on `test`.\n",
+        "KL from the model that training started from, in nats per completion, on `test`. A cold "
+        "start says `<think>` to the question for a label, too: most of what labels from there are "
+        "away is giving that up. Those from words had nothing to give up.\n",
         kl_table(results),
         "## Learning rates\n",
         "Chosen by WAR on validation with half of the labels wrong, there as in training; with "
-        "seeds that are used for nothing else.\n",
+        "seeds that are used for nothing else. Rates that differ by a clip or less count as equal: "
+        "then the one that others have is taken.\n",
         rates_table(facts["rates"]),
         "## Predictions\n",
         "What [predictions.md](predictions.md) said before any run, and what was measured.\n",
