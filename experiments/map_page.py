@@ -60,7 +60,7 @@ def accuracy_table(results):
         for arm in ARMS:
             known = len(values(results, world, arm, "test.war"))
             fewer = f" ({known})" if known != seeds else ""
-            line.append(f"{home_and_away(results, world, arm)}{fewer}" if known else "")
+            line.append(home_and_away(results, world, arm) + fewer * bool(known))
         lines.append(line)
     return table(["world", "seeds", *ARMS.values()], lines)
 
@@ -79,16 +79,24 @@ def summary_table(results):
 
 def arms_table(results):
     """Of when_rlvr_wins.md: what each arm owes to what."""
+    worlds = {
+        "wrong_0.5": "half wrong, uniformly",
+        "confused_0.4": "40 % wrong, confused",
+        "early_0.0": "a weak base",
+        "early_0.5": "a weak base, half wrong",
+    }
     lines = []
     for arm, owes in OWES.items():
-        cells = [home_and_away(results, world, arm) for world in ("wrong_0.5", "confused_0.4")]
+        cells = [home_and_away(results, world, arm) for world in worlds]
         lines.append([ARMS[arm], *owes, *cells])
-    head = ["", "starts from", "learns from", "half wrong, uniformly", "40 % wrong, confused"]
-    return table(head, lines)
+    return table(["", "starts from", "learns from", *worlds.values()], lines)
 
 
 def home_and_away(results, world, arm):
+    """ "" where the arm was not run."""
     home = values(results, world, arm, "test.war")
+    if not home:
+        return ""
     return f"{cell(home)} / {cell(values(results, world, arm, f'{away(world)}.war'))}"
 
 
