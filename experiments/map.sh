@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# When does RLVR beat fine-tuning on the labels? Five ways of training in many worlds of the toy
+# When does RLVR beat fine-tuning on the labels? Seven ways of training in many worlds of the toy
 # (experiments/map.py), and from the same runs the paper's Table 1 in miniature.
 #
 #     experiments/map.sh            about two hours on 2 CPU cores; writes experiments/map.md, .json
 #                                   and .png, and experiments/table1.md and .json
-#     experiments/map.sh --all      more seeds of it, an hour more
+#     experiments/map.sh --all      more seeds, two more ways, a weak base: two hours and a quarter more
 #     experiments/map.sh --quick    three worlds, two arms, one seed, in 15 minutes; prints a table
 #     experiments/map.sh --choose   the learning rates that were tried, in another 15 minutes
 #

@@ -201,7 +201,7 @@ def rates_table(rates):
 
 def draw(results, path):
     """Three panels: wrong labels, and what else a world may be like; thin dots are seeds."""
-    figure = new_figure(13, 3.9)
+    figure = new_figure(13, 4.4)
     test, ood, others = figure.subplots(1, 3, gridspec_kw={"width_ratios": [1, 1, 1.5]})
     shares = [world for world in results if world.startswith("wrong_")]
     for axes, split in ((test, "test"), (ood, "test_ood")):
@@ -224,7 +224,7 @@ def draw(results, path):
     test.legend(fontsize=7.5, loc="lower left")
     worlds = [w for w in results if not w.startswith("wrong_") or w == "wrong_0.0"]
     for arm in ARMS:
-        shift = (list(ARMS).index(arm) - len(ARMS) // 2) * 0.12
+        shift = (list(ARMS).index(arm) - len(ARMS) // 2) * 0.09
         for place, world in enumerate(worlds):
             found = values(results, world, arm, f"{away(world)}.war")
             if arm == "grpo_think" or found:

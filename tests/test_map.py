@@ -11,7 +11,7 @@ from runs import CHECKPOINT, write_manifest
 
 from experiments import map as experiment
 from experiments import map_page, map_results
-from experiments.predicted import LATER, predicted
+from experiments.predicted import LATER, Figures, predicted
 from toy.world import EMOTIONS, make_manifest, reasoned
 
 
@@ -171,6 +171,23 @@ def test_the_pages_are_those_of_the_results():
     claims = predicted(facts["results"])
     failed = sum(held == "**no**" for *_, held in claims)
     assert f"Of {len(claims)} claims {failed} failed" in text
+
+
+def test_what_the_readme_says_of_rlvr_stands_in_the_map():
+    facts = json.loads((ROOT / "experiments" / "map.json").read_text(encoding="utf-8"))
+    figures, readme = Figures(facts["results"]), (ROOT / "README.md").read_text(encoding="utf-8")
+    text = " ".join(readme.split("## Results")[1].split())
+    for world, arms in {
+        "wrong_0.5": ("grpo_think", "label_only", "label_kept"),
+        "early_0.0": ("grpo_think", "label_only", "label_cold"),
+        "early_0.5": ("grpo_think",),
+    }.items():
+        for arm in arms:
+            assert f"{figures.home(world, arm):.1f} / {figures.away(world, arm):.1f}" in text
+    rlvr, labels = (figures.away("rule", arm) for arm in ("grpo_think", "label_only"))
+    assert f"{rlvr:.1f} against {labels:.1f}" in text
+    said = figures.of("wrong_0.5", "grpo_think", "wrong.said_in")
+    assert f"in {said:.0f} % of such groups" in text
 
 
 def test_what_is_paired_is_paired_by_seed():
