@@ -84,7 +84,8 @@ def run_rank(rank, world, port, out, script, arguments):
     os.environ |= {name: str(value) for name, value in where.items()}
     # The server has imported our own modules as a process that is alone; torch can stay.
     for name, module in list(sys.modules.items()):
-        if (getattr(module, "__file__", None) or "").startswith(str(ROOT)):
+        file = Path(getattr(module, "__file__", None) or "/")
+        if file.is_relative_to(ROOT) and "site-packages" not in file.parts:
             del sys.modules[name]
     sys.argv = [script, *arguments]
     with open(out, "w", buffering=1) as sys.stdout:
