@@ -4,7 +4,7 @@
 #
 #     experiments/map.sh            about two hours on 2 CPU cores; writes experiments/map.md, .json
 #                                   and .png, and experiments/table1.md and .json
-#     experiments/map.sh --all      more seeds, two more ways, a weak base: two hours and a quarter more
+#     experiments/map.sh --all      more seeds, two more ways, a weak base: 130 minutes more
 #     experiments/map.sh --quick    three worlds, two arms, one seed, in 15 minutes; prints a table
 #     experiments/map.sh --choose   the learning rates that were tried, in another 15 minutes
 #

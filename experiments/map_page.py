@@ -93,7 +93,7 @@ def arms_table(results):
 
 
 def home_and_away(results, world, arm):
-    """ "" where the arm was not run."""
+    """WAR on `test` / on other data; empty where the arm was not run."""
     home = values(results, world, arm, "test.war")
     if not home:
         return ""

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from support.errors import DataError, read_json, require
+from support.errors import read_json, require
 
 PUBLISHED = {  # the paper's Table 1: WAR, UAR
     "HumanOmni-0.5B": {"DFEW": (22.64, 19.44), "MAFW": (20.18, 13.52), "RAVDESS": (7.33, 9.38)},
@@ -24,10 +24,10 @@ def read_result(file, names=("war", "uar")):
     try:
         model, data, metrics = result["settings"]["model"], result["name"], result["metrics"]
         missing = [name for name in names if name not in metrics]
-    except (KeyError, TypeError) as error:
-        missing = [f"{type(error).__name__}: {error}"]
-    require(not missing, f"{file}: is no result of evaluate.py ({missing and missing[0]})")
-    return model, PAPERS_NAME.get(data.lower(), data), metrics
+    except (KeyError, TypeError):
+        missing = ["a name, settings or metrics"]
+    require(not missing, f"{file}: is no result of evaluate.py, it lacks {', '.join(missing)}")
+    return model, PAPERS_NAME.get(str(data).lower(), data), metrics
 
 
 def scores_of(files, published=False):
@@ -40,10 +40,10 @@ def scores_of(files, published=False):
         model, data, metrics = read_result(file)
         row = scores.setdefault(model, {})
         require(data not in row, f"{file}: a second result of {model} on {data}; give one of them")
-        try:
-            row[data] = (100 * metrics["war"], 100 * metrics["uar"])
-        except TypeError:
-            raise DataError(f"{file}: its WAR and UAR are no numbers") from None
+        shares = metrics["war"], metrics["uar"]
+        known = all(isinstance(share, (int, float)) for share in shares)
+        require(known, f"{file}: its WAR and UAR are no numbers")
+        row[data] = tuple(100 * share for share in shares)
     if published:
         scores |= {f"{model} (published)": row for model, row in PUBLISHED.items()}
     return scores

@@ -41,7 +41,8 @@ def edit_tensors(folder, change):
 
 def on_disk(file):
     with safe_open(file, "pt") as tensors:
-        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        names = tensors.keys()
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
 
 
 @torch.no_grad()

@@ -815,11 +815,12 @@ def test_a_folder_of_one_clip_and_clips_left_out_are_said(tmp_path, capsys):
 
 
 def test_several_samples_of_one_clip_are_printed(capsys):
-    one, three = (
-        (evaluate.main([*EVALUATE, "--clip", CLIPS[0], *more]), capsys.readouterr().out)[1]
-        for more in (["--temperature", "1"], ["--temperature", "1", "--samples", "3"])
-    )
-    assert len(three) > len(one)
+    printed = []
+    for samples in ("1", "3"):
+        more = ["--temperature", "1", "--samples", samples]
+        evaluate.main([*EVALUATE, "--clip", CLIPS[0], *more])
+        printed.append(capsys.readouterr().out)
+    assert len(printed[1]) > len(printed[0])
 
 
 def test_a_users_module_may_put_folders_on_the_path(tmp_path, monkeypatch):
